@@ -1,0 +1,241 @@
+"""Quantize in blocks and back: the reference, in plain torch.
+
+A tensor is read in row-major order and cut into blocks of `block_size` elements, across rows; the last block may be
+shorter. Each block gets its own constants. The work is done in chunks, so that a large tensor needs no large helpers.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nf4lab.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
+from nf4lab.formats import Format, absmax, as_format
+from nf4lab.packing import pack, unpack
+
+BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CHUNK = 2**16  # elements handled at once; a multiple of every block size
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A tensor in 4 bits an element, with what it takes to get it back.
+
+    packed: uint8 ((n + 1) // 2,), two codes a byte, the even element in the high nibble.
+    stored_scale: float32 (n_blocks,), or QuantizedConstants after double quantization.
+    stored_location: the same for formats that shift their blocks, else None.
+    format, block_size: how it was made. shape, dtype: of the original, to which `dequantize` returns.
+
+    Raises ValueError where packed, constants and shape disagree.
+    """
+
+    packed: Tensor
+    stored_scale: Tensor | QuantizedConstants
+    stored_location: Tensor | QuantizedConstants | None
+    format: Format
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+
+    def __post_init__(self):
+        shape = tuple(self.shape)
+        if self.packed.dtype != torch.uint8 or self.packed.numel() != (self.numel + 1) // 2:
+            raise ValueError(
+                f"shape {shape} takes {(self.numel + 1) // 2} packed uint8; "
+                f"got {self.packed.numel()} {self.packed.dtype}"
+            )
+        for name, constants in (("absmax or scale", self.stored_scale), ("location", self.stored_location)):
+            if constants is not None and _count(constants) != self.n_blocks:
+                raise ValueError(
+                    f"shape {shape} in blocks of {self.block_size} has {self.n_blocks} blocks; "
+                    f"got {_count(constants)} values of {name}"
+                )
+
+    @property
+    def numel(self) -> int:
+        """How many elements the original has."""
+        return math.prod(self.shape)
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks they make, the short last one included."""
+        return -(-self.numel // self.block_size)
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, one a byte: uint8 (n,)."""
+        return unpack(self.packed, self.numel)
+
+    @property
+    def scale(self) -> Tensor:
+        """One scale a block, decoded: float32 (n_blocks,)."""
+        return _decoded(self.stored_scale)
+
+    @property
+    def location(self) -> Tensor | None:
+        """One location a block, decoded: float32 (n_blocks,); None for formats that do not shift."""
+        return None if self.stored_location is None else _decoded(self.stored_location)
+
+    @property
+    def absmax(self) -> Tensor:
+        """The scale of a format normalised by absmax: float32 (n_blocks,). Raises ValueError for other formats."""
+        if self.format.normalize is not absmax:
+            raise ValueError(f"format {self.format.name!r} is not normalised by absmax; use .scale and .location")
+        return self.scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes actually stored: packed codes and constants. The levels belong to the format and are not counted."""
+        constants = [c for c in (self.stored_scale, self.stored_location) if c is not None]
+        dtype_bytes = self.format.constants_dtype.itemsize
+        return self.packed.nbytes + sum(
+            c.nbytes if isinstance(c, QuantizedConstants) else c.numel() * dtype_bytes for c in constants
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each element; NaN where there is none."""
+        return 8 * self.nbytes / self.numel if self.numel else math.nan
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """See `nf4lab.dequantize`."""
+        return dequantize(self, dtype)
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        """The same tensor on another device."""
+        location = None if self.stored_location is None else self.stored_location.to(device)
+        return QuantizedTensor(
+            self.packed.to(device), self.stored_scale.to(device), location,
+            self.format, self.shape, self.dtype, self.block_size,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor({self.format.name}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"block_size={self.block_size}, bits_per_weight={self.bits_per_weight:.4f})"
+        )
+
+
+def quantize(
+    x: Tensor,
+    format: str | Format = "nf4",
+    block_size: int = 64,
+    double_quant: bool | str | DoubleQuant = False,
+) -> QuantizedTensor:
+    """A tensor of any shape as a QuantizedTensor of 4-bit codes, on the device it is on.
+
+    x: float32, float16, bfloat16 or float64; all are worked on in float32. Non-contiguous tensors are read in
+    row-major order of their elements.
+    format: "nf4", "fp4", "int4", "uniform", "naive-quantile", or a nf4lab.Format of at most 16 levels.
+    block_size: a power of two, 16 to 4096.
+    double_quant: True for bitsandbytes' 8-bit constants; "linear8", "linear4" or a nf4lab.DoubleQuant for others.
+    The codes are made with the exact constants, before those are quantized.
+
+    NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) for float32, float16 and bfloat16 wherever absmax is
+    at least 1e-38; below that bitsandbytes clamps, and this does not. A zero block has absmax 0 and decodes to zeros.
+
+    >>> w = torch.tensor([0.5, -1.0, 0.25, 0.0])
+    >>> quantize(w).codes
+    tensor([12,  0, 10,  7], dtype=torch.uint8)
+
+    Raises TypeError for a tensor or argument of the wrong type, ValueError for a value that is not finite in
+    float32 (naming the first), a block size or a format that does not exist. Source: QLoRA (arXiv:2305.14314).
+    """
+    format, scheme = as_format(format), as_double_quant(double_quant)
+    _check_arguments(x, format, block_size)
+    flat = x.detach().reshape(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
+    scales, locations = [], []
+    for start, stop, width in _chunks(flat.numel(), block_size):
+        values = flat[start:stop].float()
+        if not values.isfinite().all():
+            raise ValueError(_describe_non_finite(x))
+        codes, scale, location = format.encode(values.reshape(-1, width))
+        packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
+        scales.append(scale)
+        locations.append(location)
+    stored = [_stored(constants, scheme, x.device) for constants in (scales, locations)]
+    return QuantizedTensor(packed, *stored, format, x.shape, x.dtype, block_size)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor that q stands for, in its shape and in `dtype` (default: the original's).
+
+    Each value is computed in float32, location + scale * level, and rounded once to `dtype`.
+    Raises TypeError unless q is a QuantizedTensor and dtype one of float32, float16, bfloat16, float64.
+    """
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"dequantize takes a QuantizedTensor; got {type(q).__name__}")
+    dtype = dtype or q.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}")
+    scale, location = q.scale, q.location
+    out = torch.empty(q.numel, dtype=dtype, device=q.packed.device)
+    for start, stop, width in _chunks(q.numel, q.block_size):
+        codes = unpack(q.packed[start // 2 : (stop + 1) // 2], stop - start).reshape(-1, width)
+        blocks = slice(start // q.block_size, -(-stop // q.block_size))
+        out[start:stop] = q.format.decode(codes, scale[blocks], None if location is None else location[blocks]).reshape(
+            -1
+        )
+    return out.reshape(q.shape)
+
+
+def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, block width) over n elements: runs of whole blocks, then the short last block alone."""
+    whole = n - n % block_size
+    for start in range(0, whole, CHUNK):
+        yield start, min(start + CHUNK, whole), block_size
+    if whole < n:
+        yield whole, n, n - whole
+
+
+def _stored(
+    constants: list[Tensor | None], scheme: DoubleQuant | None, device: torch.device
+) -> Tensor | QuantizedConstants | None:
+    """The chunks' constants joined, and quantized where a scheme asks for it."""
+    if None in constants:
+        return None
+    joined = torch.cat(constants) if constants else torch.empty(0, device=device)
+    return scheme.quantize(joined) if scheme else joined
+
+
+def _decoded(constants: Tensor | QuantizedConstants) -> Tensor:
+    return constants.dequantize() if isinstance(constants, QuantizedConstants) else constants
+
+
+def _count(constants: Tensor | QuantizedConstants) -> int:
+    return constants.n if isinstance(constants, QuantizedConstants) else constants.numel()
+
+
+def _check_arguments(x: Tensor, format: Format, block_size: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise TypeError(f"block_size must be an int; got {block_size!r}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of 16, 32, 64, …, 4096; got {block_size}")
+    if format.code_bits != 4:
+        raise ValueError(f"4-bit codes name at most 16 levels; format {format.name!r} has {format.levels.numel()}")
+
+
+def _describe_non_finite(x: Tensor) -> str:
+    """How many values are not finite in float32, and which is the first."""
+    flat = x.detach().reshape(-1)
+    nan = infinite = 0
+    first = None
+    for start, stop, _ in _chunks(flat.numel(), CHUNK):
+        values = flat[start:stop].float()
+        nan += values.isnan().sum().item()
+        infinite += values.isinf().sum().item()
+        if first is None and nan + infinite:
+            first = start + (~values.isfinite()).nonzero()[0].item()
+    index = tuple(i.item() for i in torch.unravel_index(torch.tensor(first), x.shape)) if x.dim() else ()
+    return (
+        f"x must be finite in float32; {nan} NaN and {infinite} infinite values, "
+        f"the first is {flat[first].item()} at index {index}"
+    )

@@ -1,0 +1,126 @@
+"""Where levels come from: quantiles, uniform grids, small floats, and the best levels for a density.
+
+Every function returns float32 levels indexed by code. Nothing here is a pasted table: the tests hold each
+derivation against the published one.
+"""
+
+import numpy as np
+import scipy.integrate
+import scipy.optimize
+import scipy.stats
+import torch
+from torch import Tensor
+
+# The outermost probability: half-way between the last midpoints of 15 and of 16 levels. It was published with seven
+# digits, and that rounding is part of the format: without it 12 of the 16 float32 levels come out different.
+TAIL = round((29 / 30 + 31 / 32) / 2, 7)
+
+
+def nf4(tail: float = TAIL) -> Tensor:
+    """The 16 levels of 4-bit NormalFloat, ascending: float32 (16,), from -1 to 1, with 0 at code 7.
+
+    Quantiles of the standard normal at 8 evenly spaced probabilities above 0.5 and at 7 below, an exact zero
+    between them, all divided by the largest. Equal to bitsandbytes' table bit for bit; that needs torch's float32
+    `linspace`, since NumPy's moves one level by 4 units in the last place.
+
+    >>> nf4()[:3]
+    tensor([-1.0000, -0.6962, -0.5251])
+
+    Raises ValueError unless 0.5 < tail < 1. Source: QLoRA (arXiv:2305.14314), section 3; bitsandbytes'
+    `create_normal_map`.
+    """
+    if not 0.5 < tail < 1:
+        raise ValueError(f"tail is a probability between 0.5 and 1; got {tail}")
+    positive = _normal_quantiles(torch.linspace(tail, 0.5, 9)[:-1])
+    negative = -_normal_quantiles(torch.linspace(tail, 0.5, 8)[:-1])
+    levels = torch.cat([negative, torch.zeros(1), positive.flip(0)])
+    return levels / levels.max()
+
+
+def _normal_quantiles(probabilities: Tensor) -> Tensor:
+    return torch.from_numpy(scipy.stats.norm.ppf(probabilities.numpy())).float()
+
+
+def fp4() -> Tensor:
+    """The 16 values of bitsandbytes' FP4 by code: float32 (16,), largest magnitude 1.
+
+    A code is a sign bit, two exponent bits and one mantissa bit; the exponent counts down from 2**3, and exponent 0
+    holds the subnormals 0 and 2**-4. So the codes are not in ascending order, and zero has two of them, 0 and 8.
+    It is not the E2M1 of the OCP formats, whose exponent counts up. Source: bitsandbytes `get_4bit_type`.
+    """
+    exponent, mantissa = np.divmod(np.arange(8), 2)
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-4, (1 + mantissa / 2) * 2.0 ** (4 - exponent))
+    by_code = np.concatenate([magnitude, 0 - magnitude])  # 0 - x keeps the second zero positive
+    return torch.from_numpy(by_code / magnitude.max()).float()
+
+
+def symmetric_int(bits: int = 4) -> Tensor:
+    """The integers -m..m over m, with m = 2**(bits - 1) - 1, ascending: float32 (2m + 1,).
+
+    One code of the 2**bits stays unused, the price of a zero in the middle.
+
+    >>> symmetric_int(3)
+    tensor([-1.0000, -0.6667, -0.3333,  0.0000,  0.3333,  0.6667,  1.0000])
+    """
+    largest = 2 ** (bits - 1) - 1
+    return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
+
+
+def uniform(n_levels: int = 16) -> Tensor:
+    """Evenly spaced levels from 0 to 1, ascending: float32 (n_levels,); min-max scaling maps a block onto them."""
+    return torch.arange(n_levels, dtype=torch.float32) / (n_levels - 1)
+
+
+def quantile_midpoints(n_levels: int = 16, density=scipy.stats.norm) -> Tensor:
+    """The quantiles of `density` at (i + 0.5)/n, ascending: float32 (n_levels,), in the density's own units.
+
+    Each level stands for an equal share of the probability. None of an even number of levels is zero.
+    """
+    return torch.from_numpy(density.ppf((np.arange(n_levels) + 0.5) / n_levels)).float()
+
+
+def dynamic_map() -> Tensor:
+    """The 256 levels of the signed dynamic map, ascending: float32 (256,), from -0.99296874 to 1, zero at code 127.
+
+    For each i in 0..6 the midpoints of 2**i equal intervals of [0.1, 1], times 10**(i - 6), with both signs; then
+    0 and 1. Half of the levels lie in the outermost decade, the rest reach down to 5.5e-7.
+
+    Source: Dettmers 2015 (arXiv:1511.04561), section 2; bitsandbytes `create_dynamic_map`.
+    """
+    decades = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        midpoints = (edges[:-1] + edges[1:]) / 2
+        decades.append(10.0 ** (i - 6) * midpoints)
+    positive = torch.cat(decades)
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+def lloyd_max(density=scipy.stats.norm, n_levels: int = 16) -> Tensor:
+    """The levels of least mean squared error for `density`, ascending: float32 (n_levels,), in its own units.
+
+    `density` is a scipy.stats distribution, frozen or not. At the optimum each level is the mean of its cell and
+    each boundary the midpoint of two levels (Lloyd 1982, Max 1960). Lloyd's iteration approaches that slowly, so a
+    root finder finishes. Raises ValueError where no optimum is found, as for a density with infinite variance.
+
+    >>> lloyd_max(scipy.stats.norm, 2)
+    tensor([-0.7979,  0.7979])
+    """
+    if not np.isfinite(density.var()):
+        raise ValueError(f"lloyd_max needs a density of finite variance; got variance {density.var()}")
+    levels = density.ppf((np.arange(n_levels) + 0.5) / n_levels)
+    for _ in range(50):
+        levels = _cell_means(levels, density)
+    solution = scipy.optimize.root(lambda trial: _cell_means(trial, density) - trial, levels, tol=1e-12)
+    residual = np.abs(_cell_means(solution.x, density) - solution.x).max()
+    if not residual < 1e-7 * density.std() or np.any(np.diff(solution.x) <= 0):
+        raise ValueError(f"lloyd_max found no optimum with {n_levels} levels: {solution.message}")
+    return torch.from_numpy(solution.x).float()
+
+
+def _cell_means(levels: np.ndarray, density) -> np.ndarray:
+    """The mean of `density` in each level's cell: float64 (n_levels,)."""
+    low, high = density.support()
+    edges = np.concatenate([[low], (levels[1:] + levels[:-1]) / 2, [high]])
+    moments = scipy.integrate.tanhsinh(lambda x: x * density.pdf(x), edges[:-1], edges[1:]).integral
+    return moments / np.diff(density.cdf(edges))

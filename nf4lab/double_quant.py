@@ -1,0 +1,104 @@
+"""Double quantization: the constants of a quantized tensor quantized too.
+
+One float32 a block of 64 costs half a bit a weight. Here the constants lose their mean, are taken in groups of 256,
+and each group is coded by the same machinery as weights: absmax, then the nearest level of a map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nf4lab import codebooks
+from nf4lab.formats import Format
+from nf4lab.packing import pack, unpack
+
+MAPS = {
+    row.name: row
+    for row in [
+        Format("dynamic8", codebooks.dynamic_map()),  # bitsandbytes'
+        Format("linear8", codebooks.symmetric_int(8)),  # torchao's idea: evenly spaced
+        Format("linear4", codebooks.symmetric_int(4)),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class DoubleQuant:
+    """How constants are quantized: a map from MAPS, whether their mean is taken off first, and the group size.
+
+    The default is the one of bitsandbytes and QLoRA (arXiv:2305.14314, section 3): the signed 8-bit dynamic map,
+    centred, one float32 for each group of 256.
+
+    Raises ValueError for an unknown map or a group size below 1.
+    """
+
+    map: str = "dynamic8"
+    centred: bool = True
+    group_size: int = 256
+
+    def __post_init__(self):
+        if self.map not in MAPS:
+            raise ValueError(f"unknown map {self.map!r} for double quantization; known are {', '.join(MAPS)}")
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            raise ValueError(f"group_size must be a positive integer; got {self.group_size!r}")
+
+    def quantize(self, constants: Tensor) -> "QuantizedConstants":
+        """Constants, float32 (n,), to codes and one float32 a group, with a float32 offset if centred."""
+        n = constants.numel()
+        offset = constants.mean() if self.centred and n else None
+        centred = constants if offset is None else constants - offset
+        groups = F.pad(centred, (0, -n % self.group_size)).reshape(-1, self.group_size)
+        codes, group_absmax, _ = MAPS[self.map].encode(groups)
+        codes = codes.reshape(-1)[:n]
+        stored = pack(codes) if MAPS[self.map].code_bits == 4 else codes
+        return QuantizedConstants(stored, group_absmax, offset, n, self)
+
+
+def as_double_quant(double_quant: "bool | str | DoubleQuant") -> DoubleQuant | None:
+    """What the argument `double_quant` of `nf4lab.quantize` asks for: None, the default, a map's name, or its own."""
+    if isinstance(double_quant, DoubleQuant):
+        return double_quant
+    if isinstance(double_quant, bool):
+        return DoubleQuant() if double_quant else None
+    if isinstance(double_quant, str):
+        return DoubleQuant(double_quant)
+    raise TypeError(
+        f"double_quant must be a bool, a map's name or a nf4lab.DoubleQuant; got {type(double_quant).__name__}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedConstants:
+    """Quantized constants: what is stored of them, and how to get them back.
+
+    codes: uint8 (n,), or packed two to a byte for a 4-bit map. group_absmax: float32 (n_groups,).
+    offset: float32 scalar, or None where the constants were not centred. n: how many constants.
+    """
+
+    codes: Tensor
+    group_absmax: Tensor
+    offset: Tensor | None
+    n: int
+    double_quant: DoubleQuant
+
+    def dequantize(self) -> Tensor:
+        """The constants, float32 (n,): map[code] * group_absmax, then + offset, each rounded to float32."""
+        scheme, map = self.double_quant, MAPS[self.double_quant.map]
+        codes = unpack(self.codes, self.n) if map.code_bits == 4 else self.codes
+        groups = F.pad(codes, (0, -self.n % scheme.group_size)).reshape(-1, scheme.group_size)
+        constants = map.decode(groups, self.group_absmax, None).reshape(-1)[: self.n]
+        return constants if self.offset is None else constants + self.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes actually stored: codes, group absmax, and the offset where there is one."""
+        return self.codes.nbytes + self.group_absmax.nbytes + (0 if self.offset is None else self.offset.nbytes)
+
+    def to(self, device: torch.device | str) -> "QuantizedConstants":
+        """The same constants on another device."""
+        offset = None if self.offset is None else self.offset.to(device)
+        return QuantizedConstants(
+            self.codes.to(device), self.group_absmax.to(device), offset, self.n, self.double_quant
+        )

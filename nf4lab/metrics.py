@@ -1,0 +1,59 @@
+"""How good a quantization is: error, code usage, bits, and the limit that none can beat."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nf4lab.blockwise import QuantizedTensor
+
+
+def mse(x: Tensor, x_hat: Tensor) -> float:
+    """The mean squared error of x_hat, summed in float64. Raises ValueError where the shapes differ or are empty."""
+    return _mean_error(x, x_hat, lambda a, b: (a - b).square())
+
+
+def mae(x: Tensor, x_hat: Tensor) -> float:
+    """The mean absolute error of x_hat, summed in float64. Raises ValueError where the shapes differ or are empty."""
+    return _mean_error(x, x_hat, lambda a, b: (a - b).abs())
+
+
+def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
+    """The signal-to-quantization-noise ratio in decibels, 10 log10(mean x^2 / mse); inf where x_hat equals x.
+
+    Every bit a weight is worth at most 6.02 dB.
+    """
+    error, power = mse(x, x_hat), mse(x, torch.zeros_like(x))
+    return math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf
+
+
+def code_usage(q: QuantizedTensor) -> Tensor:
+    """The share of the elements that each code takes: float64 (16,), summing to 1."""
+    return torch.bincount(q.codes, minlength=16).double() / q.numel
+
+
+def entropy_bits(usage: Tensor) -> float:
+    """The entropy of a distribution over codes, in bits: what an ideal coder would need for each."""
+    used = usage[usage > 0]
+    return -(used * used.log2()).sum().item()
+
+
+def compression_ratio(q: QuantizedTensor) -> float:
+    """Bytes of the original, in its own dtype, for each byte stored."""
+    return q.numel * q.dtype.itemsize / q.nbytes
+
+
+def shannon_limit(bits: float, variance: float = 1.0) -> float:
+    """The least mean squared error that `bits` a weight allow for a Gaussian source: variance * 2**(-2 * bits).
+
+    No scheme of any kind gets below it on average. Source: Shannon 1959; Cover and Thomas, theorem 10.3.2.
+    """
+    return variance * 2.0 ** (-2 * bits)
+
+
+def _mean_error(x: Tensor, x_hat: Tensor, error) -> float:
+    if x.shape != x_hat.shape or not x.numel():
+        shapes = f"{tuple(x.shape)} and {tuple(x_hat.shape)}"
+        raise ValueError(f"x and x_hat must have one shape and at least one element; got {shapes}")
+    chunks = zip(x.detach().reshape(-1).split(2**18), x_hat.detach().reshape(-1).split(2**18), strict=True)
+    return sum(error(a.double(), b.double()).sum().item() for a, b in chunks) / x.numel()
