@@ -38,7 +38,7 @@ def repository_url() -> str:
 def chapters() -> list[Path]:
     """The pages that have code to run, in reading order."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    files = [toc["root"], *(entry["file"] for entry in toc["chapters"])]
+    files = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     pages = [ROOT / f"{file}.md" for file in files]
     return [page for page in pages if "```{code-cell}" in page.read_text()]
 
