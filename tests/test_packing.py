@@ -36,9 +36,9 @@ def test_a_code_above_fifteen_is_refused():
 
 
 def test_codes_of_another_dtype_are_refused():
-    with pytest.raises(TypeError, match="uint8; got torch.int64"):
+    with pytest.raises(TypeError, match=r"uint8; got torch\.int64"):
         pack(torch.tensor([3]))
-    with pytest.raises(TypeError, match="uint8; got torch.int64"):
+    with pytest.raises(TypeError, match=r"uint8; got torch\.int64"):
         unpack(torch.tensor([3]), 2)
 
 
