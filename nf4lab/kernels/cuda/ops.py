@@ -1,0 +1,177 @@
+"""What to call: checks, the choice of a kernel, and the torch ops `torch.ops.nf4lab.*` around it.
+
+An op is opaque to torch.compile and costs 3-5 us a call; it takes its outputs as arguments, so nothing is allocated.
+In the simulator the same functions run on CPU tensors, without the ops.
+"""
+
+import functools
+
+import torch
+
+from . import dequantize_kernels
+from . import quantize_kernels
+from .launch import SIMULATOR, launch, require
+
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+COUNTING_UP = 0xFEDCBA9876543210 - 2**64  # nibble p is p; as the int64 that an op can take
+
+library = torch.library.Library("nf4lab", "FRAGMENT")
+
+
+def define(schema, implementation):
+    """Register `implementation` as the CUDA op nf4lab::schema whose outputs are arguments; return the callable."""
+    name = schema.split("(")[0]
+    library.define(schema)
+    library.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"nf4lab::{name}", lambda *args: None, lib=library)
+    return implementation if SIMULATOR else getattr(torch.ops.nf4lab, name).default
+
+
+def aligned(*pairs):
+    """Whether each tensor starts on a multiple of its number of bytes."""
+    return all(tensor.data_ptr() % size == 0 for tensor, size in pairs)
+
+
+def expect(name, tensor, dtypes, count):
+    """ValueError or TypeError unless `tensor` is contiguous, of one of `dtypes` and has `count` elements."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
+    if tensor.numel() != count:
+        raise ValueError(f"{name} must have {count} elements; got {tensor.numel()}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got strides {tuple(tensor.stride())}")
+
+
+def expect_block_size(name, block_size, sizes=BLOCK_SIZES):
+    if block_size not in sizes:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, sizes))}; got {block_size}")
+
+
+def dequantize(packed, absmax, levels, *, n, block_size, out, version="v4"):
+    """Fill `out` (n elements; float32, float16 or bfloat16) with levels[code] * absmax[block]; return it.
+
+    packed uint8 ((n + 1) // 2,), the even element of each byte in the high nibble; levels float32 (16,); absmax
+    float32 (n_blocks,), or (codes uint8 (n_blocks,), group_absmax float32 (n_groups,), offset float32 (1,),
+    code_map float32 (256,), group_size) for a double-quantized one, decoded in the same launch as
+    code_map[code] * group_absmax + offset, product and sum each rounded. The result is rounded once, to nearest even.
+
+    Raises TypeError or ValueError for a wrong dtype, count or block_size, RuntimeError where there is no GPU.
+    """
+    expect_block_size("block_size", block_size)
+    n_blocks = -(-n // block_size)
+    expect("out", out, FLOATS, n)
+    expect("packed", packed, (torch.uint8,), (n + 1) // 2)
+    expect("levels", levels, (torch.float32,), 16)
+    if isinstance(absmax, tuple):
+        codes, group_absmax, offset, code_map, group_size = absmax
+        expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks)
+        require(out, packed, levels, codes, group_absmax, offset, code_map)
+        _nested_op(packed, codes, group_absmax, offset, code_map, levels, n, block_size, group_size, out)
+    else:
+        expect("absmax", absmax, (torch.float32,), n_blocks)
+        require(out, packed, levels, absmax)
+        _dequantize_op(packed, absmax, levels, n, block_size, out, version)
+    return out
+
+
+def expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks):
+    if group_size < 1 or group_size & (group_size - 1):
+        raise ValueError(f"group_size must be a power of two; got {group_size}")
+    expect("codes", codes, (torch.uint8,), n_blocks)
+    expect("group_absmax", group_absmax, (torch.float32,), -(-n_blocks // group_size))
+    expect("offset", offset, (torch.float32,), 1)
+    expect("code_map", code_map, (torch.float32,), 256)
+
+
+def _run_dequantize(packed, absmax, levels, n, block_size, out, version):
+    if n:
+        wide = n // 8 if aligned((packed, 4), (out, 16)) else 0
+        args = (packed, absmax, levels, out, n, block_size.bit_length() - 1, wide)
+        launch(dequantize_kernels.VERSIONS[version], dequantize_kernels.grid(version, n), dequantize_kernels.THREADS, args)
+
+
+def _run_nested(packed, codes, group_absmax, offset, code_map, levels, n, block_size, group_size, out):
+    if n:
+        wide = n // 8 if aligned((packed, 4), (out, 16)) else 0
+        shifts = block_size.bit_length() - 1, group_size.bit_length() - 1
+        args = (packed, codes, group_absmax, offset, code_map, levels, out, n, *shifts, wide)
+        launch(dequantize_kernels.nested, dequantize_kernels.grid("nested", n), dequantize_kernels.THREADS, args)
+
+
+_dequantize_op = define(
+    "dequantize(Tensor packed, Tensor absmax, Tensor levels, int n, int block_size, Tensor(a!) out, str version)"
+    " -> ()",
+    _run_dequantize,
+)
+_nested_op = define(
+    "dequantize_nested(Tensor packed, Tensor codes, Tensor group_absmax, Tensor offset, Tensor code_map,"
+    " Tensor levels, int n, int block_size, int group_size, Tensor(a!) out) -> ()",
+    _run_nested,
+)
+
+
+@functools.lru_cache
+def numbering_of(codes):
+    """16 codes, in the order of their levels, as the nibbles of one int64."""
+    if sorted(codes) != list(range(16)):
+        raise ValueError(f"codes must be a permutation of 0..15; got {codes}")
+    number = sum(code << (4 * position) for position, code in enumerate(codes))
+    return number - 2**64 if number >= 2**63 else number
+
+
+def quantize(x, boundaries, *, block_size, packed, absmax, codes=None, check_finite=True, version="v4"):
+    """Fill packed (uint8, (n + 1) // 2) and absmax (float32, n_blocks) from x (n float32, float16 or bfloat16).
+
+    One pass over x. A value's position is the number of boundaries (float32 (15,), ascending, padded with +inf for
+    fewer levels) strictly below s = x * (1 / absmax), both roundings IEEE; its code is codes[position] (a sequence of
+    16 ints, or 0..15 in order). A block of zeros gets the code of 0.0, as does the nibble that pads an odd n; where
+    1 / absmax overflows, s = x / absmax.
+
+    NaN or infinity raises ValueError with their number and the first position; that waits for the GPU.
+    check_finite=False does not wait, and is what a CUDA graph can capture. Other errors as `dequantize`.
+    """
+    n = x.numel()
+    expect_block_size("block_size", block_size)
+    expect("x", x, FLOATS, n)
+    expect("boundaries", boundaries, (torch.float32,), 15)
+    expect("packed", packed, (torch.uint8,), (n + 1) // 2)
+    expect("absmax", absmax, (torch.float32,), -(-n // block_size))
+    require(x, boundaries, packed, absmax)
+    numbering = COUNTING_UP if codes is None else numbering_of(tuple(codes))
+    _quantize_op(x, boundaries, numbering, block_size, check_finite, packed, absmax, version)
+
+
+def _run_quantize(x, boundaries, numbering, block_size, check_finite, packed, absmax, version):
+    n = x.numel()
+    if not n:
+        return
+    flag = finite_flag() if check_finite else None
+    wide = n // 8 if aligned((x, 16), (packed, 4)) else 0
+    args = (x, boundaries, packed, absmax, absmax if flag is None else flag)
+    numbers = (n, block_size.bit_length() - 1, numbering, int(check_finite), wide)
+    launch(quantize_kernels.VERSIONS[version], *quantize_kernels.shape(version, n, block_size), (*args, *numbers))
+    if check_finite:
+        refuse_if_set(flag, x)
+
+
+def finite_flag():
+    """One int32 zero in host memory that the GPU can write: reading it back needs no copy."""
+    if not SIMULATOR and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph cannot wait for check_finite: pass check_finite=False")
+    return torch.zeros(1, dtype=torch.int32, pin_memory=not SIMULATOR)
+
+
+def refuse_if_set(flag, x):
+    if not SIMULATOR:
+        torch.cuda.current_stream(x.device).synchronize()
+    if flag.item():
+        bad = (~torch.isfinite(x)).reshape(-1).nonzero().reshape(-1)
+        raise ValueError(f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}")
+
+
+_quantize_op = define(
+    "quantize(Tensor x, Tensor boundaries, int numbering, int block_size, bool check_finite, Tensor(a!) packed,"
+    " Tensor(b!) absmax, str version) -> ()",
+    _run_quantize,
+)
