@@ -54,8 +54,12 @@ def require(*tensors):
 
 
 def signature(args):
-    """numba types of a kernel's arguments: a pointer for each tensor, int64 for each number."""
-    return tuple(types.CPointer(TYPES[a.dtype]) if isinstance(a, torch.Tensor) else types.int64 for a in args)
+    """numba types of a kernel's arguments: a pointer for each tensor, int64 for each number.
+
+    None stands for an int32 flag that the kernel is told not to touch: a null pointer.
+    """
+    kinds = [torch.int32 if a is None else getattr(a, "dtype", None) for a in args]
+    return tuple(types.int64 if kind is None else types.CPointer(TYPES[kind]) for kind in kinds)
 
 
 class Loaded:
@@ -72,7 +76,7 @@ class Loaded:
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
-        self.ctypes = tuple(ctypes.c_void_p if isinstance(a, torch.Tensor) else ctypes.c_int64 for a in args)
+        self.ctypes = tuple(ctypes.c_int64 if type(a) is int else ctypes.c_void_p for a in args)
 
     def function_of(self, handle):
         """The CUfunction: numba-cuda hands out a CUkernel on some versions, which the driver converts."""
@@ -86,7 +90,7 @@ class Loaded:
         check(self.driver.cuFuncSetAttribute(self.function, attribute, shared_bytes), self.driver)
 
     def __call__(self, grid, threads, shared_bytes, args):
-        values = tuple([a if type(a) is int else a.data_ptr() for a in args])
+        values = tuple([a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         error = self.start(grid, threads, shared_bytes, stream, values)
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first use of CUDA
@@ -133,7 +137,7 @@ def launch(kernel, grid, threads, args, *, shared_bytes=0, **options):
     if SIMULATOR:
         return simulate(kernel, grid, threads, args, shared_bytes)
     device = args[0].get_device()
-    key = (kernel, device, shared_bytes, *[None if type(a) is int else a.dtype for a in args])
+    key = (kernel, device, shared_bytes, *[a.dtype if isinstance(a, torch.Tensor) else None for a in args])
     loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, options)
     here = torch._C._cuda_getDevice()
     with torch.cuda.device(device) if here != device else contextlib.nullcontext():
@@ -142,7 +146,7 @@ def launch(kernel, grid, threads, args, *, shared_bytes=0, **options):
 
 def simulate(kernel, grid, threads, args, shared_bytes):
     """The same launch in numba's simulator: arrays that share the tensors' memory."""
-    arrays = [as_array(a) if isinstance(a, torch.Tensor) else a for a in args]
+    arrays = [a if type(a) is int else as_array(torch.zeros(1) if a is None else a) for a in args]
     kernel[grid, threads, 0, shared_bytes](*arrays)
 
 

@@ -28,11 +28,6 @@ def define(schema, implementation):
     return implementation if SIMULATOR else getattr(torch.ops.nf4lab, name).default
 
 
-def aligned(*pairs):
-    """Whether each tensor starts on a multiple of its number of bytes."""
-    return all(tensor.data_ptr() % size == 0 for tensor, size in pairs)
-
-
 def expect(name, tensor, dtypes, count):
     """ValueError or TypeError unless `tensor` is contiguous, of one of `dtypes` and has `count` elements."""
     if tensor.dtype not in dtypes:
@@ -84,19 +79,25 @@ def expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks):
     expect("code_map", code_map, (torch.float32,), 256)
 
 
+def wide_groups(packed, out, n):
+    """How many groups of 16 output bytes the kernels may read and write at once: none if a tensor is misaligned."""
+    group = 16 // out.element_size()
+    return n // group if packed.data_ptr() % (group // 2) == 0 and out.data_ptr() % 16 == 0 else 0
+
+
 def _run_dequantize(packed, absmax, levels, n, block_size, out, version):
     if n:
-        wide = n // 8 if aligned((packed, 4), (out, 16)) else 0
-        args = (packed, absmax, levels, out, n, block_size.bit_length() - 1, wide)
-        launch(dequantize_kernels.VERSIONS[version], dequantize_kernels.grid(version, n), dequantize_kernels.THREADS, args)
+        args = (packed, absmax, levels, out, n, block_size.bit_length() - 1, wide_groups(packed, out, n))
+        shape = dequantize_kernels.shape(version, n, out.element_size())
+        launch(dequantize_kernels.VERSIONS[version], *shape, args)
 
 
 def _run_nested(packed, codes, group_absmax, offset, code_map, levels, n, block_size, group_size, out):
     if n:
-        wide = n // 8 if aligned((packed, 4), (out, 16)) else 0
         shifts = block_size.bit_length() - 1, group_size.bit_length() - 1
-        args = (packed, codes, group_absmax, offset, code_map, levels, out, n, *shifts, wide)
-        launch(dequantize_kernels.nested, dequantize_kernels.grid("nested", n), dequantize_kernels.THREADS, args)
+        numbers = n, *shifts, wide_groups(packed, out, n)
+        shape = dequantize_kernels.shape("nested", n, out.element_size())
+        launch(dequantize_kernels.nested, *shape, (packed, codes, group_absmax, offset, code_map, levels, out, *numbers))
 
 
 _dequantize_op = define(
@@ -147,8 +148,8 @@ def _run_quantize(x, boundaries, numbering, block_size, check_finite, packed, ab
     if not n:
         return
     flag = finite_flag() if check_finite else None
-    wide = n // 8 if aligned((x, 16), (packed, 4)) else 0
-    args = (x, boundaries, packed, absmax, absmax if flag is None else flag)
+    wide = n // 8 if x.data_ptr() % 16 == 0 and packed.data_ptr() % 4 == 0 else 0
+    args = (x, boundaries, packed, absmax, flag)
     numbers = (n, block_size.bit_length() - 1, numbering, int(check_finite), wide)
     launch(quantize_kernels.VERSIONS[version], *quantize_kernels.shape(version, n, block_size), (*args, *numbers))
     if check_finite:

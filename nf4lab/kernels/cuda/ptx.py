@@ -10,6 +10,26 @@ from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
 
+__all__ = [
+    "bits_float",
+    "float_bits",
+    "fused",
+    "in_16_bytes",
+    "load",
+    "load8",
+    "load_codes",
+    "max_across",
+    "max_magnitude",
+    "multiply",
+    "quotient",
+    "reciprocal",
+    "store",
+    "store16",
+    "store4",
+    "sum_across",
+    "widen8",
+]
+
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
 V4 = ir.VectorType(I32, 4)
@@ -147,14 +167,6 @@ def load(typing, x, i):
 
 
 @intrinsic
-def load4(typing, data, i):
-    def emit(context, builder, signature, args):
-        return builder.load(at(context, builder, data, args[0], i, args[1], I32), align=4)
-
-    return types.uint32(data, i), emit
-
-
-@intrinsic
 def store4(typing, data, i, word):
     def emit(context, builder, signature, args):
         value = context.cast(builder, args[2], word, types.uint32)
@@ -165,20 +177,34 @@ def store4(typing, data, i, word):
 
 
 @intrinsic
-def load8(typing, x, i, values):
+def load8(typing, x, i, raw):
     def emit(context, builder, signature, args):
-        wide = 2 if x.dtype == types.float32 else 1  # 16-byte words in eight elements
+        wide = 8 // per_store(x.dtype)  # 16-byte words in eight elements
         first = builder.mul(context.cast(builder, args[1], i, types.int64), ir.Constant(I64, wide))
         base = builder.gep(pointer_to(context, builder, x, args[0], V4), [first])
-        words = [w for k in range(wide) for w in vector_load(builder, builder.gep(base, [ir.Constant(I64, k)]))]
-        if wide == 1:
-            words = [builder.trunc(builder.lshr(w, ir.Constant(I32, s)), I16) for w in words for s in (0, 16)]
+        target = pointer_to(context, builder, raw, args[2], I32)
+        for k in range(wide):
+            for j, word in enumerate(vector_load(builder, builder.gep(base, [ir.Constant(I64, k)]))):
+                builder.store(word, builder.gep(target, [ir.Constant(I64, 4 * k + j)]))
+        return context.get_dummy_value()
+
+    return types.void(x, i, raw), emit
+
+
+@intrinsic
+def widen8(typing, x, raw, values):
+    def emit(context, builder, signature, args):
+        source = pointer_to(context, builder, raw, args[1], I32)
         target = pointer_to(context, builder, values, args[2], F32)
-        for k, word in enumerate(words):
+        per_word = 8 // (8 // per_store(x.dtype) * 4)
+        for k in range(8):
+            word = builder.load(builder.gep(source, [ir.Constant(I64, k // per_word)]))
+            if per_word == 2:
+                word = builder.trunc(builder.lshr(word, ir.Constant(I32, 16 * (k % 2))), I16)
             builder.store(float_from(builder, x.dtype, word), builder.gep(target, [ir.Constant(I64, k)]))
         return context.get_dummy_value()
 
-    return types.void(x, i, values), emit
+    return types.void(x, raw, values), emit
 
 
 @intrinsic
@@ -193,23 +219,54 @@ def store(typing, out, i, value):
     return types.void(out, i, value), emit
 
 
+def per_store(kind):
+    """Elements of `kind` in 16 bytes."""
+    return 4 if kind == types.float32 else 8
+
+
 @intrinsic
-def store8(typing, out, i, values):
+def in_16_bytes(typing, out):
+    def emit(context, builder, signature, args):
+        return ir.Constant(I64, per_store(out.dtype))
+
+    return types.int64(out), emit
+
+
+@intrinsic
+def load_codes(typing, packed, i, out):
+    def emit(context, builder, signature, args):
+        element = ir.IntType(4 * per_store(out.dtype))  # 4 bits a code
+        raw = builder.load(at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8)
+        return raw if element == I32 else builder.zext(raw, I32)
+
+    return types.uint32(packed, i, out), emit
+
+
+@intrinsic
+def store16(typing, out, i, values):
     def emit(context, builder, signature, args):
         source = pointer_to(context, builder, values, args[2], F32)
-        v = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(8)]
+        v = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(per_store(out.dtype))]
         if out.dtype == types.float32:
             words = [builder.bitcast(value, I32) for value in v]
         else:
             words = [half_pair(builder, out.dtype, v[k], v[k + 1]) for k in range(0, 8, 2)]
-        wide = len(words) // 4
-        first = builder.mul(context.cast(builder, args[1], i, types.int64), ir.Constant(I64, wide))
-        base = builder.gep(pointer_to(context, builder, out, args[0], V4), [first])
-        for k in range(wide):
-            vector_store(builder, builder.gep(base, [ir.Constant(I64, k)]), words[4 * k : 4 * k + 4])
+        vector_store(builder, at(context, builder, out, args[0], i, args[1], V4), words)
         return context.get_dummy_value()
 
     return types.void(out, i, values), emit
+
+
+@intrinsic
+def max_magnitude(typing, bits, value):
+    def emit(context, builder, signature, args):
+        if compute_capability() >= (8, 0):
+            text = "{ .reg .f32 a, m; mov.b32 m, $1; abs.f32 a, $2; max.NaN.f32 m, m, a; mov.b32 $0, m; }"
+            return inline_ptx(builder, text, I32, args)
+        other = builder.and_(builder.bitcast(args[1], I32), ir.Constant(I32, 0x7FFFFFFF))
+        return builder.select(builder.icmp_unsigned(">", other, args[0]), other, args[0])
+
+    return types.uint32(types.uint32, types.float32), emit
 
 
 EVERY_LANE = 0xFFFFFFFF

@@ -8,6 +8,27 @@ import threading
 import numpy as np
 
 
+__all__ = [
+    "bits_float",
+    "float_bits",
+    "fused",
+    "in_16_bytes",
+    "load",
+    "load8",
+    "load_codes",
+    "max_across",
+    "max_magnitude",
+    "multiply",
+    "quotient",
+    "reciprocal",
+    "store",
+    "store16",
+    "store4",
+    "sum_across",
+    "widen8",
+]
+
+
 def float_bits(x):
     return np.float32(x).view(np.uint32)
 
@@ -40,13 +61,23 @@ def load(x, i):
     return np.float32(value)
 
 
-def load4(data, i):
-    return int.from_bytes(bytes(int(data[4 * i + k]) for k in range(4)), "little")
+def in_16_bytes(out):
+    return 16 // out.dtype.itemsize
 
 
-def load8(x, i, values):
+def load_codes(packed, i, out):
+    count = in_16_bytes(out) // 2
+    return int.from_bytes(bytes(int(packed[count * i + k]) for k in range(count)), "little")
+
+
+def load8(x, i, raw):
     for k in range(8):
-        values[k] = load(x, 8 * i + k)
+        raw[k] = float_bits(load(x, 8 * i + k))
+
+
+def widen8(x, raw, values):
+    for k in range(8):
+        values[k] = bits_float(raw[k])
 
 
 def store(out, i, value):
@@ -64,9 +95,14 @@ def store4(data, i, word):
         data[4 * i + k] = int(word) >> (8 * k) & 255
 
 
-def store8(out, i, values):
-    for k in range(8):
-        store(out, 8 * i + k, values[k])
+def store16(out, i, values):
+    count = in_16_bytes(out)
+    for k in range(count):
+        store(out, count * i + k, values[k])
+
+
+def max_magnitude(bits, value):
+    return max(int(bits), int(float_bits(value)) & 0x7FFFFFFF)
 
 
 def _exchange(value):
