@@ -278,6 +278,83 @@ def test_wrong_arguments_are_named_with_their_numbers(change, message):
         cuda.dequantize(torch.zeros(50, dtype=torch.uint8), torch.zeros(2), LEVELS, **call)
 
 
+def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v3", group_size=0, bias=False, offset=0):
+    """gemv against float64 on the exact dequantized weights.
+
+    Derived bound, with w = |x| |W|^T: 2^-11 w for levels rounded to float16, (k + 16) 2^-24 w for float32 products and
+    sums, half an ulp of the output dtype on the result, and 2^-38 max|x| sum|W| for bfloat16 x scaled to float16.
+    """
+    n_blocks = -(-n * k // block_size)
+    packed, absmax = random_codes(n * k, block_size, seed=n + k)
+    absmax = absmax + 0.01
+    stored = absmax
+    if group_size:
+        stored, absmax = random_nested(n_blocks, group_size)
+    w = reference_dequantize(packed, absmax, LEVELS, n * k, block_size, torch.float32).double().reshape(n, k)
+    x = random_values(rows * k, dtype, seed=rows).reshape(rows, k)
+    b = random_values(n, dtype, seed=5) if bias else None
+    y = x.double() @ w.T + (b.double() if bias else 0)
+    on_device = [part.to(DEVICE) if torch.is_tensor(part) else part for part in (stored if group_size else (stored,))]
+    got = cuda.gemv(
+        at_offset(x.reshape(-1), offset).view(rows, k),
+        *(at_offset(packed, offset), tuple(on_device) if group_size else on_device[0], LEVELS.to(DEVICE)),
+        **dict(shape=(n, k), block_size=block_size, bias=b.to(DEVICE) if bias else None, version=version),
+    )
+    size = x.double().abs() @ w.abs().T + (b.double().abs() if bias else 0)
+    tolerance = size * (2**-11 + (k + 16) * 2**-24) + y.abs() * torch.finfo(dtype).eps / 2 + 2**-24
+    tolerance += 2**-38 * x.double().abs().max() * w.abs().sum(1)
+    excess = ((got.cpu().double() - y).abs() / tolerance).max().item()
+    assert got.dtype == dtype and got.shape == (rows, n) and excess <= 1, (rows, n, k, block_size, dtype, excess)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_simple_gemv_versions_are_within_rounding_of_float64(version, dtype):
+    for rows, n, k, block_size in [(1, 9, 96, 32), (2, 5, 33, 16), (3, 3, 64, 64)]:
+        assert_gemv_within_rounding(rows, n, k, block_size, dtype, version=version)
+    assert_gemv_within_rounding(2, 5, 64, 32, dtype, version=version, group_size=2, bias=True)
+    assert_gemv_within_rounding(1, 5, 64, 32, dtype, version=version, offset=1)
+
+
+def test_gemv_names_the_wrong_number_of_rows():
+    args = torch.zeros(17, 32), torch.zeros(16, dtype=torch.uint8), torch.zeros(1), LEVELS
+    with pytest.raises(ValueError, match=r"1 to 16 rows of 32; got shape \(17, 32\)"):
+        cuda.gemv(*args, shape=(1, 32), block_size=64)
+
+
+on_tensor_cores = pytest.mark.skipif(SIMULATOR, reason="the simulator has no tensor cores: needs a GPU")
+
+
+@on_tensor_cores
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16])
+def test_tensor_core_gemv_is_within_rounding_of_float64(rows, dtype):
+    for n, k in [(16, 256), (48, 512), (4096, 4096), (160, 14336), (2128, 5376)]:
+        assert_gemv_within_rounding(rows, n, k, 64, dtype)
+
+
+@on_tensor_cores
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256, 4096])
+def test_gemv_takes_every_block_size_bias_nested_and_odd_shapes(block_size):
+    for n, k in [(64, 1024), (33, 1024), (64, 1000), (7, 77)]:
+        for dtype in DTYPES:
+            assert_gemv_within_rounding(1, n, k, block_size, dtype, bias=True)
+            assert_gemv_within_rounding(5, n, k, block_size, dtype, group_size=256)
+
+
+@on_tensor_cores
+def test_gemv_keeps_huge_and_tiny_bfloat16_activations():
+    packed, absmax = random_codes(16 * 256, 64)
+    w = reference_dequantize(packed, absmax, LEVELS, 16 * 256, 64, torch.float32).reshape(16, 256)
+    for size in (2.0**-126, 2.0**-60, 2.0**100, 2.0**120):
+        x = (random_values(256, torch.float32) * size).bfloat16()
+        args = x[None].cuda(), packed.cuda(), absmax.cuda(), LEVELS.cuda()
+        got = cuda.gemv(*args, shape=(16, 256), block_size=64).cpu().double()[0]
+        expected = w.double() @ x.double()
+        bound = (w.double().abs() @ x.double().abs()) * (2**-11 + 272 * 2**-24) + expected.abs() * 2**-8
+        assert ((got - expected).abs() <= bound).all(), size
+
+
 on_gpu = pytest.mark.skipif(SIMULATOR, reason="the simulator has no streams, graphs or compiler: needs a GPU")
 
 

@@ -16,6 +16,10 @@
     multiply(a, b)           a * b rounded by itself: never fused with a following addition
     fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x
+    load16(data, i, words, k)  bytes 16i..16i+15 into words[k:k + 4], one load    data on 16 bytes
+    pack_half(low, high)     two float32 rounded to float16, in one uint32
+    has_float16_range(x)     whether x is float16, a constant when compiled
+    multiply_16x16x8(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)
     max_across(v, lanes)     greatest uint32 among `lanes` neighbouring lanes (a power of two, at most 32)
     sum_across(v, lanes)     float32 sum over them
 """
@@ -23,6 +27,6 @@
 from numba import config
 
 if config.ENABLE_CUDASIM:
-    from .simulated import *  # noqa: F403
+    from .simulated import *
 else:
-    from .ptx import *  # noqa: F403
+    from .ptx import *

@@ -24,7 +24,6 @@ TYPES = {
     torch.float16: types.float16,
     torch.bfloat16: types.uint16,  # its bits: numba has no bfloat16 that works everywhere
 }
-SHARED_BYTES_BY_DEFAULT = 48 * 1024  # a kernel gets more only after asking
 
 
 @functools.cache
@@ -65,14 +64,14 @@ def signature(args):
 class Loaded:
     """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
 
-    def __init__(self, kernel, args, device, options):
+    def __init__(self, kernel, args, device):
         from cuda.bindings import driver
 
         self.driver, self.device = driver, device
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
             self.context = check(driver.cuCtxGetCurrent(), driver)
-            fresh = cuda.jit(kernel.py_func, **options)  # one compilation a device: GPUs may differ in one machine
+            fresh = cuda.jit(kernel.py_func)  # one compilation a device: GPUs may differ in one machine
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
@@ -85,9 +84,11 @@ class Loaded:
             return check(driver.cuKernelGetFunction(handle), driver)
         return driver.CUfunction(int(handle))
 
-    def allow_shared(self, shared_bytes):
+    def allow_all_shared_memory(self):
+        """A kernel gets more than 48 KB of shared memory only after asking."""
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(self.driver.cuFuncSetAttribute(self.function, attribute, shared_bytes), self.driver)
+        limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        check(self.driver.cuFuncSetAttribute(self.function, attribute, limit), self.driver)
 
     def __call__(self, grid, threads, shared_bytes, args):
         values = tuple([a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
@@ -117,19 +118,19 @@ _loaded = {}
 _compiling = threading.Lock()
 
 
-def load(kernel, args, device, key, shared_bytes, options):
+def load(kernel, args, device, key, shared_bytes):
     """Compile and load a kernel that this device has not seen with these types."""
     with _compiling:
         if key not in _loaded:
-            loaded = Loaded(kernel, args, device, options)
-            if shared_bytes > SHARED_BYTES_BY_DEFAULT:
-                loaded.allow_shared(shared_bytes)
+            loaded = Loaded(kernel, args, device)
+            if shared_bytes:
+                loaded.allow_all_shared_memory()
             _loaded[key] = loaded
     return _loaded[key]
 
 
-def launch(kernel, grid, threads, args, *, shared_bytes=0, **options):
-    """Run `kernel` on args (tensors of one GPU, and ints) on torch's current stream; options go to cuda.jit.
+def launch(kernel, grid, threads, args, *, shared_bytes=0):
+    """Run `kernel` on args (tensors of one GPU, and ints) on torch's current stream.
 
     The first call of a kernel with new tensor types compiles it (about a second), so make it before capturing a
     CUDA graph. Nothing else is checked here.
@@ -137,8 +138,8 @@ def launch(kernel, grid, threads, args, *, shared_bytes=0, **options):
     if SIMULATOR:
         return simulate(kernel, grid, threads, args, shared_bytes)
     device = args[0].get_device()
-    key = (kernel, device, shared_bytes, *[a.dtype if isinstance(a, torch.Tensor) else None for a in args])
-    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, options)
+    key = (kernel, device, *[a.dtype if isinstance(a, torch.Tensor) else None for a in args])
+    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes)
     here = torch._C._cuda_getDevice()
     with torch.cuda.device(device) if here != device else contextlib.nullcontext():
         loaded(grid, threads, shared_bytes, args)

@@ -8,8 +8,7 @@ import functools
 
 import torch
 
-from . import dequantize_kernels
-from . import quantize_kernels
+from . import dequantize_kernels, gemv_kernels, quantize_kernels
 from .launch import SIMULATOR, launch, require
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -175,4 +174,91 @@ _quantize_op = define(
     "quantize(Tensor x, Tensor boundaries, int numbering, int block_size, bool check_finite, Tensor(a!) packed,"
     " Tensor(b!) absmax, str version) -> ()",
     _run_quantize,
+)
+
+
+def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v3"):
+    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 16 rows of x (..., k) and a packed W of `shape` (n, k).
+
+    packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. The tensor core kernel (sm_80 on;
+    16-bit x; n a multiple of 16, k of 256; block_size at least 64) rounds the levels to float16, so a product may be
+    off by 2^-11 of itself; every other case multiplies in float32, more slowly.
+
+    Raises TypeError or ValueError for a wrong dtype, count or number of rows, RuntimeError where there is no GPU.
+    """
+    n, k = shape
+    expect_block_size("block_size", block_size)
+    rows = x.numel() // k
+    if x.shape[-1] != k or not 1 <= rows <= 16:
+        raise ValueError(f"x must have 1 to 16 rows of {k}; got shape {tuple(x.shape)}")
+    n_blocks = -(-(n * k) // block_size)
+    expect("x", x, FLOATS, rows * k)
+    expect("packed", packed, (torch.uint8,), (n * k + 1) // 2)
+    expect("levels", levels, (torch.float32,), 16)
+    if isinstance(absmax, tuple):
+        expect_nested(*absmax, n_blocks)
+        *parts, group_size = absmax
+    else:
+        expect("absmax", absmax, (torch.float32,), n_blocks)
+        parts, group_size = (packed, absmax, absmax, absmax), 0  # stand-ins that the kernel does not touch
+    out = x.new_empty(*x.shape[:-1], n) if out is None else out
+    expect("out", out, (x.dtype,), rows * n)
+    if bias is not None:
+        expect("bias", bias, (x.dtype,), n)
+    require(x, packed, levels, *parts, out)
+    scale = parts[1] if group_size else absmax
+    _gemv_op(x, packed, scale, *parts, levels, bias, n, k, block_size, group_size, out, version)
+    return out
+
+
+def _run_gemv(
+    x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, n, k, block_size, group_size, out, version
+):
+    rows = x.numel() // k
+    tensors = packed, absmax, codes, group_absmax, offset, code_map, levels, out if bias is None else bias
+    shifts = block_size.bit_length() - 1, max(group_size, 1).bit_length() - 1
+    flags = int(group_size > 0), int(bias is not None)
+    wide = x.data_ptr() % 16 == 0 and packed.data_ptr() % 16 == 0
+    if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
+        most = rows_that_fit(k)
+        for first in range(0, rows, most):
+            part = slice(first * k, (first + most) * k), slice(first * n, (first + most) * n)
+            count = min(most, rows - first)
+            args = (x.view(-1)[part[0]], *tensors, out.view(-1)[part[1]], count, n, k, *shifts, *flags)
+            kernel = gemv_kernels.TENSOR_CORES[1 if count <= 4 else 2 if count <= 8 else 4]
+            blocks = min(n // 16, processors(x.get_device()))
+            launch(kernel, blocks, 512, args, shared_bytes=4 * gemv_kernels.shared_words(count, k))
+    else:
+        simple = version == "v1" or not wide or k % 32 or block_size < 32
+        kernel = gemv_kernels.v1 if simple else gemv_kernels.v2
+        args = (x, *tensors, out, rows, n, k, *shifts, *flags)
+        launch(kernel, -(-rows * n // gemv_kernels.ROWS_OF_W), 32 * gemv_kernels.ROWS_OF_W, args)
+
+
+def tensor_cores_fit(x, n, k, block_size):
+    shape_fits = n % 16 == 0 and k % gemv_kernels.STEP == 0 and block_size >= 64 and x.dtype != torch.float32
+    return shape_fits and not SIMULATOR and capability(x.get_device()) >= (8, 0) and rows_that_fit(k) > 0
+
+
+@functools.cache
+def rows_that_fit(k):
+    """How many rows of x, at most 16, leave room for the table in a thread block's shared memory."""
+    limit = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    return max((rows for rows in range(1, 17) if 4 * gemv_kernels.shared_words(rows, k) <= limit), default=0)
+
+
+@functools.cache
+def capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_gemv_op = define(
+    "gemv(Tensor x, Tensor packed, Tensor absmax, Tensor codes, Tensor group_absmax, Tensor offset, Tensor code_map,"
+    " Tensor levels, Tensor? bias, int n, int k, int block_size, int group_size, Tensor(a!) out, str version) -> ()",
+    _run_gemv,
 )

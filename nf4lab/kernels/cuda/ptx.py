@@ -27,6 +27,10 @@ __all__ = [
     "store16",
     "store4",
     "sum_across",
+    "load16",
+    "pack_half",
+    "has_float16_range",
+    "multiply_16x16x8",
     "widen8",
 ]
 
@@ -267,6 +271,59 @@ def max_magnitude(typing, bits, value):
         return builder.select(builder.icmp_unsigned(">", other, args[0]), other, args[0])
 
     return types.uint32(types.uint32, types.float32), emit
+
+
+@intrinsic
+def load16(typing, data, i, words, first):
+    def emit(context, builder, signature, args):
+        vector = vector_load(builder, at(context, builder, data, args[0], i, args[1], V4))
+        offset = context.cast(builder, args[3], first, types.int64)
+        target = builder.gep(pointer_to(context, builder, words, args[2], I32), [offset])
+        for k, word in enumerate(vector):
+            builder.store(word, builder.gep(target, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(data, i, words, first), emit
+
+
+@intrinsic
+def pack_half(typing, low, high):
+    def emit(context, builder, signature, args):
+        return half_pair(builder, types.float16, *args)
+
+    return types.uint32(types.float32, types.float32), emit
+
+
+@intrinsic
+def has_float16_range(typing, x):
+    def emit(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int(x.dtype == types.float16))
+
+    return types.boolean(x), emit
+
+
+@intrinsic
+def multiply_16x16x8(typing, sums, first, a0, a1, a2, a3, b0, b1):
+    def emit(context, builder, signature, args):
+        offset = context.cast(builder, args[1], first, types.int64)
+        base = builder.gep(pointer_to(context, builder, sums, args[0], F32), [offset])
+        places = [builder.gep(base, [ir.Constant(I64, k)]) for k in range(4)]
+        operands = [*args[2:], *(builder.load(place) for place in places)]
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        four = ir.LiteralStructType([F32] * 4)
+        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+        function = ir.FunctionType(four, [value.type for value in operands])
+        result = builder.call(ir.InlineAsm(function, text, constraints, side_effect=True), operands)
+        result.attributes.add("convergent")
+        for k, place in enumerate(places):
+            builder.store(builder.extract_value(result, k), place)
+        return context.get_dummy_value()
+
+    u32 = types.uint32
+    return types.void(sums, first, u32, u32, u32, u32, u32, u32), emit
 
 
 EVERY_LANE = 0xFFFFFFFF

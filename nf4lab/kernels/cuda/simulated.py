@@ -25,6 +25,10 @@ __all__ = [
     "store16",
     "store4",
     "sum_across",
+    "load16",
+    "pack_half",
+    "has_float16_range",
+    "multiply_16x16x8",
     "widen8",
 ]
 
@@ -103,6 +107,23 @@ def store16(out, i, values):
 
 def max_magnitude(bits, value):
     return max(int(bits), int(float_bits(value)) & 0x7FFFFFFF)
+
+
+def load16(data, i, words, first):
+    flat = np.asarray([int(data[16 * i + k]) for k in range(16)], dtype=np.uint8)
+    words[first : first + 4] = flat.view(np.uint32)
+
+
+def pack_half(low, high):
+    return int(np.array([low, high], dtype=np.float16).view(np.uint32)[0])
+
+
+def has_float16_range(x):
+    return x.dtype == np.float16
+
+
+def multiply_16x16x8(*_):
+    raise NotImplementedError("the simulator has no tensor cores")
 
 
 def _exchange(value):
