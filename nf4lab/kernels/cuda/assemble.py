@@ -9,6 +9,8 @@ from unittest import mock
 
 from numba.cuda import codegen, dispatcher
 
+from .launch import MAX_REGISTERS
+
 
 @contextlib.contextmanager
 def pretend_gpu(capability):
@@ -25,13 +27,13 @@ def pretend_gpu(capability):
         yield
 
 
-def assemble(kernel, signature, capability, **options):
+def assemble(kernel, signature, capability):
     """(PTX, cubin) of `kernel` for the argument types `signature`, linked with link-time optimisation.
 
     The linker also checks the inline PTX, which the compiler passes on unread.
     """
     with pretend_gpu(capability):
-        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, **options)
+        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, max_registers=MAX_REGISTERS)
         library = compiled._codelibrary
         cubin = library.get_cubin(cc=capability)
         return library.get_lto_ptx(cc=capability), getattr(cubin, "code", cubin)

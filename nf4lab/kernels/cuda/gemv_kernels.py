@@ -23,6 +23,7 @@ from .intrinsics import (
     max_magnitude,
     multiply_16x16x8,
     pack_half,
+    pair_at,
     store,
     sum_across,
     widen8,
@@ -141,16 +142,21 @@ def greatest_x(x, vectors, shared, end):
 
 
 @cuda.jit(device=True, inline="always")
-def stage_x(x, k, vectors, scale, shared):
-    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it."""
-    raw = cuda.local.array(8, uint32)
+def stage_x(x, vectors, scale, raw, shared):
+    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
+
+    `raw` holds this thread's first vector, loaded earlier.
+    """
     values = cuda.local.array(8, float32)
-    for v in range(cuda.threadIdx.x, vectors, WARPS * 32):
-        load8(x, v, raw)
+    v = int64(cuda.threadIdx.x)
+    while v < vectors:
         widen8(x, raw, values)
         place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
         for e in range(4):
             shared[place + e] = pack_half(values[2 * e] * scale, values[2 * e + 1] * scale)
+        v += WARPS * 32
+        if v < vectors:
+            load8(x, v, raw)
 
 
 @cuda.jit(device=True, inline="always")
@@ -164,9 +170,10 @@ def fetch(packed, row, k, chunk, t, words):
 
 
 @cuda.jit(device=True, inline="always")
-def pair(shared, word, b, lane):
-    """The two float16 of byte b of `word`."""
-    return shared[PAIRS + (((word >> uint32(8 * b)) & uint32(255)) << uint32(5) | lane)]
+def pair(shared, word, b, lane_bytes):
+    """The two float16 of byte b of `word`: the byte times 128, the distance of two entries in a lane's table."""
+    spread = uint32(word << uint32(7)) if b == 0 else uint32(word >> uint32(8 * b - 7))
+    return pair_at(shared, spread, lane_bytes)
 
 
 def tensor_core_kernel(fragments):
@@ -179,6 +186,8 @@ def tensor_core_kernel(fragments):
     opposite. So each 64 columns, which share an absmax, come out as a sum of their own, in lane t = m.
     """
     four = 4 * fragments
+    chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
+    all_sums = four * chains
 
     @cuda.jit
     def v3(
@@ -188,11 +197,14 @@ def tensor_core_kernel(fragments):
         shared = cuda.shared.array(0, uint32)
         words = cuda.local.array(16, uint32)
         ahead = cuda.local.array(16, uint32)
-        b = cuda.local.array(four, uint32)
-        sums = cuda.local.array(four, float32)
+        a = cuda.local.array(8, uint32)
+        b = cuda.local.array(4, uint32)
+        raw = cuda.local.array(8, uint32)
+        sums = cuda.local.array(all_sums, float32)
         low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
         high = cuda.local.array(fragments, float32)  # row g + 8
         thread = uint32(cuda.threadIdx.x)
+        lane_bytes = uint32((thread & uint32(31)) * uint32(4))
         lane, warp = thread & uint32(31), int64(thread >> uint32(5))
         g, t = int64(lane >> uint32(2)), int64(lane & uint32(3))
         chunks, tiles = k // STEP, n >> 4
@@ -210,17 +222,19 @@ def tensor_core_kernel(fragments):
                 (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
             )
 
+        vectors = (rows * k) >> 3
+        if int64(thread) < vectors:
+            load8(x, int64(thread), raw)
         fill_pairs(shared, levels, int64(lane), warp)
         if thread < uint32(128):
             shared[ZEROS + thread] = uint32(0)
-        vectors = (rows * k) >> 3
         end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
         if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
             exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
-        stage_x(x, k, vectors, scale, shared)
+        stage_x(x, vectors, scale, raw, shared)
         cuda.syncthreads()
 
         for f in range(fragments):
@@ -244,26 +258,32 @@ def tensor_core_kernel(fragments):
             chunk = warp + WARPS * step
             if chunk < chunks:
                 for piece in range(2):
-                    for f in range(four):
+                    for f in range(all_sums):
                         sums[f] = float32(0)
                     for j in range(4):
+                        for h in range(2):
+                            a[4 * h] = pair(shared, words[8 * piece + j], 2 * h, lane_bytes)
+                            a[4 * h + 1] = pair(shared, words[8 * piece + 4 + j], 2 * h, lane_bytes)
+                            a[4 * h + 2] = pair(shared, words[8 * piece + j], 2 * h + 1, lane_bytes)
+                            a[4 * h + 3] = pair(shared, words[8 * piece + 4 + j], 2 * h + 1, lane_bytes)
                         for f in range(fragments):
                             m = 4 * f + (g >> 1)
                             mine = (t >> 1) == (g & 1) and m < rows
                             start = X + ((m * k + chunk * STEP) >> 1) if mine else ZEROS
-                            load16(shared, (start >> 2) + 16 * piece + 4 * j + t, b, 4 * f)
-                        for h in range(2):
-                            a0 = pair(shared, words[8 * piece + j], 2 * h, lane)
-                            a1 = pair(shared, words[8 * piece + 4 + j], 2 * h, lane)
-                            a2 = pair(shared, words[8 * piece + j], 2 * h + 1, lane)
-                            a3 = pair(shared, words[8 * piece + 4 + j], 2 * h + 1, lane)
-                            for f in range(fragments):
-                                multiply_16x16x8(sums, 4 * f, a0, a1, a2, a3, b[4 * f + 2 * h], b[4 * f + 2 * h + 1])
+                            load16(shared, (start >> 2) + 16 * piece + 4 * j + t, b, 0)
+                            for h in range(2):
+                                chain = four * (h % chains) + 4 * f
+                                multiply_16x16x8(
+                                    sums, chain, a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3],
+                                    b[2 * h], b[2 * h + 1],
+                                )  # fmt: skip
                     quad = int64(lane & uint32(28)) + 2 * piece  # the lane that holds these 64 columns' absmax
                     low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
                     low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
                     high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
                     high_1 = cuda.shfl_sync(EVERY_LANE, scale_high, quad + 1)
+                    for c in range(four, all_sums):
+                        sums[c - four] += sums[c]
                     for f in range(fragments):
                         low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
                         high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1

@@ -29,6 +29,8 @@ __all__ = [
     "pack_half",
     "has_float16_range",
     "multiply_16x16x8",
+    "max_magnitude8",
+    "pair_at",
     "widen8",
 ]
 
@@ -124,6 +126,14 @@ def has_float16_range(x):
 
 def multiply_16x16x8(*_):
     raise NotImplementedError("the simulator has no tensor cores")
+
+
+def max_magnitude8(x, raw):
+    return max(int(word) & 0x7FFFFFFF for word in raw)
+
+
+def pair_at(shared, spread, lane_bytes):
+    return shared[(int(spread) & 0x7F80 | int(lane_bytes)) >> 2]
 
 
 def _exchange(value):
