@@ -9,8 +9,6 @@ from unittest import mock
 
 from numba.cuda import codegen, dispatcher
 
-from .launch import MAX_REGISTERS
-
 
 @contextlib.contextmanager
 def pretend_gpu(capability):
@@ -27,13 +25,13 @@ def pretend_gpu(capability):
         yield
 
 
-def assemble(kernel, signature, capability):
+def assemble(kernel, signature, capability, max_registers=None):
     """(PTX, cubin) of `kernel` for the argument types `signature`, linked with link-time optimisation.
 
     The linker also checks the inline PTX, which the compiler passes on unread.
     """
     with pretend_gpu(capability):
-        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, max_registers=MAX_REGISTERS)
+        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, max_registers=max_registers)
         library = compiled._codelibrary
         cubin = library.get_cubin(cc=capability)
         return library.get_lto_ptx(cc=capability), getattr(cubin, "code", cubin)

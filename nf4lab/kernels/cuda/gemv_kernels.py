@@ -32,6 +32,7 @@ from .intrinsics import (
 EVERY_LANE = 0xFFFFFFFF
 ROWS_OF_W = 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
+MAX_REGISTERS = 65536 // (32 * WARPS)  # v3: what a thread may have when a block of 16 warps is to fit
 STEP = 256  # v3: columns that a warp takes at a time
 
 
@@ -241,6 +242,7 @@ def tensor_core_kernel(fragments):
             low[f] = high[f] = float32(0)
         step = int64(0)
         buffer = int64(0)
+        turn = thread  # which warp adds up moves on with every tile: none falls behind
         while tile < tiles:
             next_step, next_tile = step + 1, tile
             if next_step == steps:
@@ -299,12 +301,13 @@ def tensor_core_kernel(fragments):
                         shared[place + 8] = float_bits(high[f])
                     low[f] = high[f] = float32(0)
                 cuda.syncthreads()
-                if thread < uint32(16 * rows):
+                if turn < uint32(16 * rows):
                     total = float32(0)
                     for w in range(WARPS):
-                        total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(thread)])
-                    column = 16 * tile + int64(thread & uint32(15))
-                    finish(y, bias, has_bias, int64(thread >> uint32(4)) * n + column, column, total * inverse)
+                        total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(turn)])
+                    column = 16 * tile + int64(turn & uint32(15))
+                    finish(y, bias, has_bias, int64(turn >> uint32(4)) * n + column, column, total * inverse)
+                turn = uint32((turn + uint32(32)) & uint32(32 * WARPS - 1))
                 buffer = 1 - buffer
             step, tile = next_step, next_tile
 

@@ -16,7 +16,6 @@ os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 from numba import config, cuda, types  # noqa: E402
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
-MAX_REGISTERS = 128  # a thread: 512 threads, the most that a kernel here is launched with, share 65,536
 TYPES = {
     torch.uint8: types.uint8,
     torch.int32: types.int32,
@@ -61,14 +60,14 @@ def signature(args):
 class Loaded:
     """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
 
-    def __init__(self, kernel, args, device):
+    def __init__(self, kernel, args, device, max_registers):
         from cuda.bindings import driver
 
         self.driver, self.device = driver, device
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
             self.context = check(driver.cuCtxGetCurrent(), driver)
-            fresh = cuda.jit(kernel.py_func, max_registers=MAX_REGISTERS)  # one compilation a device: GPUs may differ in one machine
+            fresh = cuda.jit(kernel.py_func, max_registers=max_registers)  # one compilation a device: GPUs may differ in one machine
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
@@ -115,18 +114,18 @@ _loaded = {}
 _compiling = threading.Lock()
 
 
-def load(kernel, args, device, key, shared_bytes):
+def load(kernel, args, device, key, shared_bytes, max_registers):
     """Compile and load a kernel that this device has not seen with these types."""
     with _compiling:
         if key not in _loaded:
-            loaded = Loaded(kernel, args, device)
+            loaded = Loaded(kernel, args, device, max_registers)
             if shared_bytes:
                 loaded.allow_all_shared_memory()
             _loaded[key] = loaded
     return _loaded[key]
 
 
-def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0):
+def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=None):
     """Run `kernel` on args (tensors of one GPU, ints, or None for no flag) on torch's current stream.
 
     dtype is that of the arguments which may vary from call to call. The first call with a new one compiles (seconds),
@@ -136,7 +135,7 @@ def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0):
         return simulate(kernel, grid, threads, args, shared_bytes)
     device = args[0].get_device()
     key = (kernel, device, dtype)
-    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes)
+    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
     if torch._C._cuda_getDevice() == device:
         return loaded(grid, threads, shared_bytes, args)
     with torch.cuda.device(device):

@@ -228,8 +228,8 @@ def _run_gemv(
             args = (x.view(-1)[part[0]], *tensors, out.view(-1)[part[1]], count, n, k, *shifts, *flags)
             kernel = gemv_kernels.TENSOR_CORES[1 if count <= 4 else 2 if count <= 8 else 4]
             blocks = min(n // 16, processors(x.get_device()))
-            shared_bytes = 4 * gemv_kernels.shared_words(count, k)
-            launch(kernel, blocks, 512, args, dtype=x.dtype, shared_bytes=shared_bytes)
+            room = {"shared_bytes": 4 * gemv_kernels.shared_words(count, k), "max_registers": gemv_kernels.MAX_REGISTERS}
+            launch(kernel, blocks, 32 * gemv_kernels.WARPS, args, dtype=x.dtype, **room)
     else:
         simple = version == "v1" or not wide or k % 32 or block_size < 32
         kernel = gemv_kernels.v1 if simple else gemv_kernels.v2
