@@ -25,15 +25,17 @@ import numpy as np
 if not hasattr(np, "row_stack"):
     np.row_stack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 has it no more
 
-import bitsandbytes  # noqa: E402
-import bitsandbytes.functional as bnb  # noqa: E402
-import torch  # noqa: E402
+import bitsandbytes
+import bitsandbytes.functional as bnb
+import torch
 
-from nf4lab.kernels import cuda  # noqa: E402
-from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels  # noqa: E402
+from nf4lab.kernels import cuda
+from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
 
 BLOCK = 64
-COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
+COLD_BYTES = (
+    300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
+)
 SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096)]
 HALVES = [torch.float16, torch.bfloat16]
 records = []
@@ -107,7 +109,9 @@ def name_of(dtype):
 def measure_copy(n, samples):
     source = torch.randn(n, device="cuda")
     target = torch.empty_like(source)
-    return record("copy", "torch", event_times_us(lambda: target.copy_(source), samples), n_bytes=8 * n)["tbps"]
+    return record("copy", "torch", event_times_us(lambda: target.copy_(source), samples), n_bytes=8 * n)[
+        "tbps"
+    ]
 
 
 def torch_dequantize(packed, absmax, levels, out):
@@ -125,7 +129,10 @@ def measure_dequantize(n, samples, levels):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         out = torch.empty(n, device="cuda", dtype=dtype)
         state.dtype = nested_state.dtype = dtype
-        sizes = {"dequantize": n // 2 + n // BLOCK * 4 + out.nbytes, "dequantize nested": n // 2 + n // BLOCK + out.nbytes}
+        sizes = {
+            "dequantize": n // 2 + n // BLOCK * 4 + out.nbytes,
+            "dequantize nested": n // 2 + n // BLOCK + out.nbytes,
+        }
         for operation, constants, theirs in (
             ("dequantize", state.absmax, state),
             ("dequantize nested", nested, nested_state),
@@ -142,7 +149,9 @@ def measure_dequantize(n, samples, levels):
                     times = event_times_us(call, samples, queued=queued)
                     record(operation, by, times, n_bytes=sizes[operation], **details)
         times = event_times_us(lambda: torch_dequantize(packed, state.absmax, levels, out), 5)
-        record("dequantize", "torch", times, n_bytes=sizes["dequantize"], dtype=name_of(dtype), timing="queued")
+        record(
+            "dequantize", "torch", times, n_bytes=sizes["dequantize"], dtype=name_of(dtype), timing="queued"
+        )
         for ladder in dequantize_kernels.VERSIONS:
             times = event_times_us(
                 lambda ladder=ladder: cuda.dequantize(
@@ -162,18 +171,18 @@ def measure_quantize(n, samples, boundaries):
         theirs = packed.view(-1, 1)
         times = event_times_us(lambda: bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4", out=theirs), 5)
         record("quantize", "bitsandbytes", times, n_bytes=n_bytes, dtype=name_of(dtype), timing="queued")
-        for ladder in (*quantize_kernels.VERSIONS, "v4"):
-            operation = "quantize ladder" if ladder != "v4" or records[-1]["by"] == "v3" else "quantize"
 
-            def call(ladder=ladder, check=False):
-                args = {"block_size": BLOCK, "packed": packed, "absmax": absmax}
-                cuda.quantize(x, boundaries, **args, check_finite=check, version=ladder)
+        def call(version="v4", check_finite=False):
+            args = {"block_size": BLOCK, "packed": packed, "absmax": absmax}
+            cuda.quantize(x, boundaries, **args, check_finite=check_finite, version=version)
 
-            times = event_times_us(call, 5 if ladder == "v1" else samples)
-            by, timing = ("nf4lab", {"timing": "queued"}) if operation == "quantize" else (ladder, {})
-            record(operation, by, times, n_bytes=n_bytes, dtype=name_of(dtype), **timing)
+        times = event_times_us(call, samples)
+        record("quantize", "nf4lab", times, n_bytes=n_bytes, dtype=name_of(dtype), timing="queued")
+        for ladder in quantize_kernels.VERSIONS:
+            times = event_times_us(lambda ladder=ladder: call(ladder), 5 if ladder == "v1" else samples)
+            record("quantize ladder", ladder, times, n_bytes=n_bytes, dtype=name_of(dtype))
         for check in (False, True):
-            times = event_times_us(lambda check=check: call("v4", check), samples, queued=False)
+            times = event_times_us(lambda check=check: call(check_finite=check), samples, queued=False)
             details = {"dtype": name_of(dtype), "timing": "alone", "check_finite": check}
             record("quantize", "nf4lab", times, n_bytes=n_bytes, **details)
 
@@ -182,13 +191,19 @@ def measure_gemv(samples, levels, boundaries):
     for n, k in SHAPES:
         copies = max(2, -(-COLD_BYTES // (n * k // 2)))
         w = torch.randn(n * k, device="cuda", dtype=torch.bfloat16)
-        packed, absmax = torch.empty(n * k // 2, dtype=torch.uint8, device="cuda"), torch.empty(n * k // BLOCK, device="cuda")
+        packed, absmax = (
+            torch.empty(n * k // 2, dtype=torch.uint8, device="cuda"),
+            torch.empty(n * k // BLOCK, device="cuda"),
+        )
         cuda.quantize(w, boundaries, block_size=BLOCK, packed=packed, absmax=absmax)
         weights = [(packed.clone(), absmax.clone()) for _ in range(copies)]
         dense = [w.view(n, k).clone() for _ in range(max(2, -(-COLD_BYTES // (2 * n * k))))]
         for dtype in HALVES:
             for rows in (1, 2, 4, 8, 16) if (n, k) == (14336, 4096) else (1,):
-                x, out = torch.randn(rows, k, device="cuda", dtype=dtype), torch.empty(rows, n, device="cuda", dtype=dtype)
+                x, out = (
+                    torch.randn(rows, k, device="cuda", dtype=dtype),
+                    torch.empty(rows, n, device="cuda", dtype=dtype),
+                )
                 n_bytes = packed.nbytes + absmax.nbytes + x.nbytes + out.nbytes
                 details = {"shape": f"{n}x{k}", "rows": rows, "dtype": name_of(dtype)}
                 for by, calls in gemv_calls(x, out, weights, dense, levels, (n, k)).items():
@@ -197,7 +212,13 @@ def measure_gemv(samples, levels, boundaries):
 
 def gemv_calls(x, out, weights, dense, levels, shape):
     """{who: one call for each copy of the weight}; the dense product moves more bytes than are counted for it."""
-    keys = {"shape": torch.Size(shape), "code": levels, "blocksize": BLOCK, "quant_type": "nf4", "dtype": x.dtype}
+    keys = {
+        "shape": torch.Size(shape),
+        "code": levels,
+        "blocksize": BLOCK,
+        "quant_type": "nf4",
+        "dtype": x.dtype,
+    }
     states = [bnb.QuantState(absmax=absmax, **keys) for _, absmax in weights]
 
     def ours(packed, absmax):
@@ -209,16 +230,20 @@ def gemv_calls(x, out, weights, dense, levels, shape):
             return bnb.gemv_4bit(x.view(1, 1, -1), transposed, state=state)
         return bitsandbytes.matmul_4bit(x, transposed, quant_state=state)
 
+    x_bfloat16 = x.bfloat16()
     return {
         "bitsandbytes": [lambda p=p, s=s: theirs(p, s) for (p, _), s in zip(weights, states, strict=True)],
         "nf4lab": [lambda p=p, a=a: ours(p, a) for p, a in weights],
-        "torch bfloat16": [lambda w=w: torch.nn.functional.linear(x.bfloat16(), w) for w in dense],
+        "torch bfloat16": [lambda w=w: torch.nn.functional.linear(x_bfloat16, w) for w in dense],
     }
 
 
 def measure_host(samples, levels, boundaries):
     n = 2**14
-    x, out = torch.randn(n, device="cuda", dtype=torch.float16), torch.empty(n, device="cuda", dtype=torch.float16)
+    x, out = (
+        torch.randn(n, device="cuda", dtype=torch.float16),
+        torch.empty(n, device="cuda", dtype=torch.float16),
+    )
     packed, state = bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4")
     flat, absmax = packed.reshape(-1), state.absmax
     row = torch.randn(1, 256, device="cuda", dtype=torch.float16)
@@ -230,10 +255,18 @@ def measure_host(samples, levels, boundaries):
     calls = {
         ("fill with zeros", "torch"): lambda: out.zero_(),
         ("dequantize", "bitsandbytes"): lambda: bnb.dequantize_4bit(packed, state, out=out),
-        ("dequantize", "nf4lab"): lambda: cuda.dequantize(flat, absmax, levels, n=n, block_size=BLOCK, out=out),
-        ("dequantize", "nf4lab op"): lambda: torch.ops.nf4lab.dequantize(flat, absmax, levels, n, BLOCK, out, "v4"),
-        ("gemv", "nf4lab"): lambda: cuda.gemv(row, flat, absmax, levels, shape=(64, 256), block_size=BLOCK, out=y),
-        ("quantize", "bitsandbytes"): lambda: bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4", out=packed),
+        ("dequantize", "nf4lab"): lambda: cuda.dequantize(
+            flat, absmax, levels, n=n, block_size=BLOCK, out=out
+        ),
+        ("dequantize", "nf4lab op"): lambda: torch.ops.nf4lab.dequantize(
+            flat, absmax, levels, n, BLOCK, out, "v4"
+        ),
+        ("gemv", "nf4lab"): lambda: cuda.gemv(
+            row, flat, absmax, levels, shape=(64, 256), block_size=BLOCK, out=y
+        ),
+        ("quantize", "bitsandbytes"): lambda: bnb.quantize_4bit(
+            x, blocksize=BLOCK, quant_type="nf4", out=packed
+        ),
         ("quantize", "nf4lab"): lambda: quantize(False),
         ("quantize and check", "nf4lab"): lambda: quantize(True),
     }
@@ -245,14 +278,21 @@ def provenance(args):
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
-    commit = os.environ.get("NF4LAB_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
-    ).stdout.strip()
+    commit = (
+        os.environ.get("NF4LAB_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+        ).stdout.strip()
+    )
     packages = ("torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings")
     return {
         "device": torch.cuda.get_device_name(),
         "driver": driver,
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **{p: version(p) for p in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{p: version(p) for p in packages},
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

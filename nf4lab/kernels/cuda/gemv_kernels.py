@@ -9,7 +9,7 @@ All take (x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias
 group_shift, nested, has_bias). With `nested`, a block's absmax is code_map[code] * group_absmax + offset.
 """
 
-from numba import cuda, float32, int64, uint32
+from numba import config, cuda, float32, int64, uint32
 
 from .dequantize_kernels import decode
 from .intrinsics import (
@@ -30,7 +30,7 @@ from .intrinsics import (
 )
 
 EVERY_LANE = 0xFFFFFFFF
-ROWS_OF_W = 8  # v1, v2: warps a thread block, one row of W each
+ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
 MAX_REGISTERS = 65536 // (32 * WARPS)  # v3: what a thread may have when a block of 16 warps is to fit
 STEP = 256  # v3: columns that a warp takes at a time
@@ -90,10 +90,14 @@ def v2(
     row = task // n
     total = float32(0)
     if row < rows:
-        for j in range(lane, k >> 5, 32):  # 32 columns, 16 bytes: within one block, which has at least 32 values
+        for j in range(
+            lane, k >> 5, 32
+        ):  # 32 columns, 16 bytes: within one block, which has at least 32 values
             first = column * k + 32 * j
             load16(packed, first >> 5, words, 0)
-            scale = absmax_of(first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
+            scale = absmax_of(
+                first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
             part = float32(0)
             for w in range(4):
                 load8(x, ((row * k) >> 3) + 4 * j + w, raw)
@@ -220,7 +224,14 @@ def tensor_core_kernel(fragments):
                 block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
             )
             scale_high = absmax_of(
-                (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                (block + 8 * k) >> block_shift,
+                absmax,
+                codes,
+                group_absmax,
+                offset,
+                code_map,
+                group_shift,
+                nested,
             )
 
         vectors = (rows * k) >> 3
@@ -231,7 +242,9 @@ def tensor_core_kernel(fragments):
             shared[ZEROS + thread] = uint32(0)
         end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
-        if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
+        if not has_float16_range(
+            x
+        ):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
             exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
@@ -255,7 +268,14 @@ def tensor_core_kernel(fragments):
                     block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
                 )
                 next_high = absmax_of(
-                    (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                    (block + 8 * k) >> block_shift,
+                    absmax,
+                    codes,
+                    group_absmax,
+                    offset,
+                    code_map,
+                    group_shift,
+                    nested,
                 )
             chunk = warp + WARPS * step
             if chunk < chunks:
@@ -279,7 +299,9 @@ def tensor_core_kernel(fragments):
                                     sums, chain, a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3],
                                     b[2 * h], b[2 * h + 1],
                                 )  # fmt: skip
-                    quad = int64(lane & uint32(28)) + 2 * piece  # the lane that holds these 64 columns' absmax
+                    quad = (
+                        int64(lane & uint32(28)) + 2 * piece
+                    )  # the lane that holds these 64 columns' absmax
                     low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
                     low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
                     high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
@@ -307,7 +329,8 @@ def tensor_core_kernel(fragments):
                         total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(turn)])
                     column = 16 * tile + int64(turn & uint32(15))
                     finish(y, bias, has_bias, int64(turn >> uint32(4)) * n + column, column, total * inverse)
-                turn = uint32((turn + uint32(32)) & uint32(32 * WARPS - 1))
+                if fragments < 4:  # with 16 rows half of the warps add up anyway, and registers are scarce
+                    turn = uint32((turn + uint32(32)) & uint32(32 * WARPS - 1))
                 buffer = 1 - buffer
             step, tile = next_step, next_tile
 

@@ -13,7 +13,7 @@ import torch
 
 os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
-from numba import config, cuda, types  # noqa: E402
+from numba import config, cuda, types
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 TYPES = {
@@ -32,11 +32,15 @@ def available():
         return None
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else " (this torch was built without CUDA: install a CUDA build)"
-        return f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
+        return (
+            f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
+        )
     try:
         from cuda.bindings import driver  # noqa: F401
     except ImportError:
-        return "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+        return (
+            "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+        )
     if not cuda.is_available():
         return "numba.cuda finds no usable driver or NVVM: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
     return None
@@ -67,7 +71,9 @@ class Loaded:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
             self.context = check(driver.cuCtxGetCurrent(), driver)
-            fresh = cuda.jit(kernel.py_func, max_registers=max_registers)  # one compilation a device: GPUs may differ in one machine
+            fresh = cuda.jit(
+                kernel.py_func, max_registers=max_registers
+            )  # one compilation a device: GPUs may differ in one machine
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)

@@ -169,7 +169,9 @@ def refuse_if_set(flag, x):
         torch.cuda.current_stream(x.device).synchronize()
     if flag.item():
         bad = (~torch.isfinite(x)).reshape(-1).nonzero().reshape(-1)
-        raise ValueError(f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}")
+        raise ValueError(
+            f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}"
+        )
 
 
 _quantize_op = define(
@@ -213,7 +215,21 @@ def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, v
 
 
 def _run_gemv(
-    x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, n, k, block_size, group_size, out, version
+    x,
+    packed,
+    absmax,
+    codes,
+    group_absmax,
+    offset,
+    code_map,
+    levels,
+    bias,
+    n,
+    k,
+    block_size,
+    group_size,
+    out,
+    version,
 ):
     rows = x.numel() // k
     tensors = packed, absmax, codes, group_absmax, offset, code_map, levels, out if bias is None else bias
@@ -222,13 +238,20 @@ def _run_gemv(
     wide = x.data_ptr() % 16 == 0 and packed.data_ptr() % 16 == 0
     if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
         most = rows_that_fit(k)
-        for first in range(0, rows, most):
-            part = slice(first * k, (first + most) * k), slice(first * n, (first + most) * n)
-            count = min(most, rows - first)
-            args = (x.view(-1)[part[0]], *tensors, out.view(-1)[part[1]], count, n, k, *shifts, *flags)
+        parts = (
+            [(x, out)]
+            if rows <= most
+            else zip(x.view(rows, k).split(most), out.view(rows, n).split(most), strict=True)
+        )
+        for some_x, some_out in parts:
+            count = some_x.numel() // k
+            args = (some_x, *tensors, some_out, count, n, k, *shifts, *flags)
             kernel = gemv_kernels.TENSOR_CORES[1 if count <= 4 else 2 if count <= 8 else 4]
             blocks = min(n // 16, processors(x.get_device()))
-            room = {"shared_bytes": 4 * gemv_kernels.shared_words(count, k), "max_registers": gemv_kernels.MAX_REGISTERS}
+            room = {
+                "shared_bytes": 4 * gemv_kernels.shared_words(count, k),
+                "max_registers": gemv_kernels.MAX_REGISTERS,
+            }
             launch(kernel, blocks, 32 * gemv_kernels.WARPS, args, dtype=x.dtype, **room)
     else:
         simple = version == "v1" or not wide or k % 32 or block_size < 32

@@ -9,30 +9,29 @@ from numba import cuda, int32, types, uint32
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
-
 __all__ = [
     "bits_float",
     "float_bits",
     "fused",
+    "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
+    "load16",
     "load_codes",
     "max_across",
     "max_magnitude",
+    "max_magnitude8",
     "multiply",
+    "multiply_16x16x8",
+    "pack_half",
+    "pair_at",
     "quotient",
     "reciprocal",
     "store",
-    "store16",
     "store4",
+    "store16",
     "sum_across",
-    "load16",
-    "pack_half",
-    "has_float16_range",
-    "multiply_16x16x8",
-    "max_magnitude8",
-    "pair_at",
     "widen8",
 ]
 
@@ -59,7 +58,9 @@ def inline_ptx(builder, text, result, args, *, effect=False):
 
 def pointer_to(context, builder, kind, array, element):
     """Address of an argument (pointer or array) as a pointer to `element`."""
-    data = array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
+    data = (
+        array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
+    )
     return builder.bitcast(data, element.as_pointer(data.type.addrspace))
 
 
@@ -242,7 +243,9 @@ def in_16_bytes(typing, out):
 def load_codes(typing, packed, i, out):
     def emit(context, builder, signature, args):
         element = ir.IntType(4 * per_store(out.dtype))  # 4 bits a code
-        raw = builder.load(at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8)
+        raw = builder.load(
+            at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8
+        )
         return raw if element == I32 else builder.zext(raw, I32)
 
     return types.uint32(packed, i, out), emit
@@ -292,7 +295,9 @@ def max_magnitude8(typing, x, raw):
             for word in words[1:]:
                 packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
             words = [packed]
-        halves = [builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)]
+        halves = [
+            builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)
+        ]
         return greatest_of(builder, [builder.bitcast(float_from(builder, x.dtype, h), I32) for h in halves])
 
     return types.uint32(x, raw), emit
@@ -309,7 +314,9 @@ def greatest_of(builder, words):
 @intrinsic
 def pair_at(typing, shared, spread, lane_bytes):
     def emit(context, builder, signature, args):
-        text = "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
+        text = (
+            "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
+        )
         offset = inline_ptx(builder, text, I32, list(args[1:]))
         base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
         address = builder.gep(base, [builder.zext(offset, I64)])

@@ -7,30 +7,29 @@ import threading
 
 import numpy as np
 
-
 __all__ = [
     "bits_float",
     "float_bits",
     "fused",
+    "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
+    "load16",
     "load_codes",
     "max_across",
     "max_magnitude",
+    "max_magnitude8",
     "multiply",
+    "multiply_16x16x8",
+    "pack_half",
+    "pair_at",
     "quotient",
     "reciprocal",
     "store",
-    "store16",
     "store4",
+    "store16",
     "sum_across",
-    "load16",
-    "pack_half",
-    "has_float16_range",
-    "multiply_16x16x8",
-    "max_magnitude8",
-    "pair_at",
     "widen8",
 ]
 
