@@ -133,31 +133,26 @@ def cell_of(s):
 
 
 @cuda.jit(device=True, inline="always")
-def fill_cells(boundaries, numbering, thresholds, homes, threshold, code_below):
-    """Build the table, thread c for cell c < 32; return whether one comparison is NOT enough in some cell.
+def fill_cells(cell, boundaries, numbering, threshold, code_below):
+    """Write what thread `cell` knows of its cell; return whether one comparison is NOT enough there.
 
     cell_of never decreases, so boundaries of earlier cells are below every s of this one and those of later cells are
     not. What is left is one boundary at most, and two codes, the upper of which must be the lower plus 1.
     """
-    thread = cuda.threadIdx.x
-    if thread < 15:
-        thresholds[thread] = boundaries[thread]
-        clamped = max(float32(-1.05), min(thresholds[thread], float32(1.05)))
-        homes[thread] = cell_of(clamped)  # 0 and 32 hold what lies beyond the ends
-    cuda.syncthreads()
-    crowded = False
-    if thread < CELLS:
-        below = inside = 0
-        bound = float32(math.inf)
-        for b in range(15):
-            below += 1 if homes[b] < thread else 0
-            inside += 1 if homes[b] == thread else 0
-            bound = thresholds[b] if homes[b] == thread else bound
-        threshold[thread] = bound
-        code = (numbering >> (4 * below)) & 15
-        code_below[thread] = uint32(code)
-        crowded = inside > 1 or (inside == 1 and (numbering >> (4 * below + 4)) & 15 != code + 1)
-    return cuda.syncthreads_or(int32(crowded))
+    below = inside = 0
+    bound = float32(math.inf)
+    for b in range(15):
+        boundary = boundaries[b]
+        home = cell_of(
+            max(float32(-1.05), min(boundary, float32(1.05)))
+        )  # 0 and 32 hold what lies beyond the ends
+        below += 1 if home < cell else 0
+        inside += 1 if home == cell else 0
+        bound = boundary if home == cell else bound
+    threshold[cell] = bound
+    code = (numbering >> (4 * below)) & 15
+    code_below[cell] = uint32(code)
+    return inside > 1 or (inside == 1 and (numbering >> (4 * below + 4)) & 15 != code + 1)
 
 
 @cuda.jit(device=True, inline="always")
@@ -208,12 +203,12 @@ def v2(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
 
 
 @cuda.jit(device=True, inline="always")
-def codes_of_group(values, crowded, thresholds, numbering, threshold, code_below):
+def codes_of_group(values, crowded, boundaries, numbering, threshold, code_below):
     """Eight codes in one uint32; a codebook that the cells do not suit is searched by comparing."""
     word = uint32(0)
     if crowded:
         for k in range(8):
-            word = uint32(word | place(code_by_comparing(values[k], thresholds, numbering), k))
+            word = uint32(word | place(code_by_comparing(values[k], boundaries, numbering), k))
     else:
         for k in range(8):  # from the highest nibble down: elements 6, 7, 4, 5, 2, 3, 0, 1
             s = values[k ^ 6]
@@ -225,8 +220,6 @@ def codes_of_group(values, crowded, thresholds, numbering, threshold, code_below
 
 @cuda.jit
 def v3(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
-    thresholds = cuda.shared.array(15, float32)
-    homes = cuda.shared.array(15, uint32)
     threshold = cuda.shared.array(SLOTS, float32)
     code_below = cuda.shared.array(SLOTS, uint32)
     scratch = cuda.shared.array(16, uint32)
@@ -235,19 +228,20 @@ def v3(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
     i = int64(cuda.grid(1))
     lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw)
-    crowded = fill_cells(boundaries, numbering, thresholds, homes, threshold, code_below)
+    crowded = False
+    if cuda.threadIdx.x < CELLS:
+        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
+    crowded = cuda.syncthreads_or(int32(crowded))
     bits = finish_reading(x, i, n, wide, raw, values)
     bits = block_absmax_bits(bits, lanes, scratch)
     write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
     normalise(values, bits_float(bits))
-    word = codes_of_group(values, crowded, thresholds, numbering, threshold, code_below)
+    word = codes_of_group(values, crowded, boundaries, numbering, threshold, code_below)
     write_group(packed, i, n, wide, word)
 
 
 @cuda.jit
 def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
-    thresholds = cuda.shared.array(15, float32)
-    homes = cuda.shared.array(15, uint32)
     threshold = cuda.shared.array(SLOTS, float32)
     code_below = cuda.shared.array(SLOTS, uint32)
     scratch = cuda.shared.array(16, uint32)
@@ -260,7 +254,10 @@ def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
     lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw_i)
     start_reading(x, j, wide, raw_j)
-    crowded = fill_cells(boundaries, numbering, thresholds, homes, threshold, code_below)
+    crowded = False
+    if cuda.threadIdx.x < CELLS:
+        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
+    crowded = cuda.syncthreads_or(int32(crowded))
     bits_i = finish_reading(x, i, n, wide, raw_i, values_i)
     bits_j = finish_reading(x, j, n, wide, raw_j, values_j)
     bits_i = block_absmax_bits(bits_i, lanes, scratch)
@@ -269,8 +266,8 @@ def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
     write_absmax(absmax, flag, j, n, block_shift, lanes, bits_j, check)
     normalise(values_i, bits_float(bits_i))
     normalise(values_j, bits_float(bits_j))
-    word_i = codes_of_group(values_i, crowded, thresholds, numbering, threshold, code_below)
-    word_j = codes_of_group(values_j, crowded, thresholds, numbering, threshold, code_below)
+    word_i = codes_of_group(values_i, crowded, boundaries, numbering, threshold, code_below)
+    word_j = codes_of_group(values_j, crowded, boundaries, numbering, threshold, code_below)
     write_group(packed, i, n, wide, word_i)
     write_group(packed, j, n, wide, word_j)
 
