@@ -1,7 +1,7 @@
 """The CUDA kernels against the rule, written once more in plain torch: bit for bit, on a GPU or in the simulator.
 
-    NUMBA_ENABLE_CUDASIM=1 pytest tests/test_kernels_cuda.py     anywhere, on CPU tensors
-    pytest tests/test_kernels_cuda.py                            on a machine with an NVIDIA GPU
+NUMBA_ENABLE_CUDASIM=1 pytest tests/test_kernels_cuda.py     anywhere, on CPU tensors
+pytest tests/test_kernels_cuda.py                            on a machine with an NVIDIA GPU
 """
 
 import math
@@ -27,7 +27,24 @@ LEVELS = torch.tensor(
 )
 FP4_MAGNITUDES = [0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12]
 FP4 = torch.tensor([*FP4_MAGNITUDES, *(-m for m in FP4_MAGNITUDES)])  # by code: bit 3 is the sign
-FP4_ORDER = [11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3]  # codes from the lowest level to the highest
+FP4_ORDER = [
+    11,
+    10,
+    13,
+    12,
+    15,
+    14,
+    9,
+    8,
+    0,
+    1,
+    6,
+    7,
+    4,
+    5,
+    2,
+    3,
+]  # codes from the lowest level to the highest
 
 
 def midpoints(levels):
@@ -89,13 +106,19 @@ def random_codes(n, block_size, seed=0):
 
 def run_dequantize(packed, absmax, n, block_size, dtype, version="v4", offset=0):
     out = empty_at(offset, n, dtype)
-    absmax = tuple(a.to(DEVICE) if torch.is_tensor(a) else a for a in absmax) if isinstance(absmax, tuple) else absmax
+    absmax = (
+        tuple(a.to(DEVICE) if torch.is_tensor(a) else a for a in absmax)
+        if isinstance(absmax, tuple)
+        else absmax
+    )
     absmax = absmax if isinstance(absmax, tuple) else absmax.to(DEVICE)
     args = at_offset(packed, offset), absmax, LEVELS.to(DEVICE)
     return cuda.dequantize(*args, n=n, block_size=block_size, out=out, version=version)
 
 
-SIZES = [1, 2, 7, 64, 515, 1000] if SIMULATOR else [1, 2, 7, 64, 515, 1000, 4095, 4096, 4097, 100_003, 2**20 + 5]
+SIZES = (
+    [1, 2, 7, 64, 515, 1000] if SIMULATOR else [1, 2, 7, 64, 515, 1000, 4095, 4096, 4097, 100_003, 2**20 + 5]
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +171,10 @@ def test_nested_absmax_is_decoded_with_two_roundings_in_the_same_launch(dtype):
 
 def run_quantize(x, boundaries, block_size, version="v4", offset=0, codes=None, check_finite=True):
     n = x.numel()
-    packed, absmax = empty_at(offset, (n + 1) // 2, torch.uint8), empty_at(0, -(-n // block_size), torch.float32)
+    packed, absmax = (
+        empty_at(offset, (n + 1) // 2, torch.uint8),
+        empty_at(0, -(-n // block_size), torch.float32),
+    )
     cuda.quantize(
         *(at_offset(x, offset), boundaries.to(DEVICE)),
         **dict(block_size=block_size, packed=packed, absmax=absmax, codes=codes),
@@ -205,7 +231,9 @@ def test_a_value_on_a_boundary_goes_to_the_lower_code():
 
 def test_zero_blocks_get_the_code_of_zero_and_tiny_ones_are_divided():
     tiny = torch.tensor([2.0**-149, -(2.0**-149), 3 * 2.0**-149, 2.0**-130, -(2.0**-129)])
-    x = torch.cat([torch.zeros(64), -torch.zeros(64), tiny.repeat(13), random_values(63, torch.float32) * 2.0**-128])
+    x = torch.cat(
+        [torch.zeros(64), -torch.zeros(64), tiny.repeat(13), random_values(63, torch.float32) * 2.0**-128]
+    )
     for version in quantize_kernels.VERSIONS:
         got = run_quantize(x, midpoints(LEVELS), 64, version)
         assert equal_pairs(got, reference_quantize(x, midpoints(LEVELS), 64)), version
@@ -278,7 +306,9 @@ def test_wrong_arguments_are_named_with_their_numbers(change, message):
         cuda.dequantize(torch.zeros(50, dtype=torch.uint8), torch.zeros(2), LEVELS, **call)
 
 
-def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v3", group_size=0, bias=False, offset=0):
+def assert_gemv_within_rounding(
+    rows, n, k, block_size, dtype, *, version="v3", group_size=0, bias=False, offset=0
+):
     """gemv against float64 on the exact dequantized weights.
 
     Derived bound, with w = |x| |W|^T: 2^-11 w for levels rounded to float16, (k + 16) 2^-24 w for float32 products and
@@ -294,7 +324,9 @@ def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v3", 
     x = random_values(rows * k, dtype, seed=rows).reshape(rows, k)
     b = random_values(n, dtype, seed=5) if bias else None
     y = x.double() @ w.T + (b.double() if bias else 0)
-    on_device = [part.to(DEVICE) if torch.is_tensor(part) else part for part in (stored if group_size else (stored,))]
+    on_device = [
+        part.to(DEVICE) if torch.is_tensor(part) else part for part in (stored if group_size else (stored,))
+    ]
     got = cuda.gemv(
         at_offset(x.reshape(-1), offset).view(rows, k),
         *(at_offset(packed, offset), tuple(on_device) if group_size else on_device[0], LEVELS.to(DEVICE)),
@@ -304,7 +336,14 @@ def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v3", 
     tolerance = size * (2**-11 + (k + 16) * 2**-24) + y.abs() * torch.finfo(dtype).eps / 2 + 2**-24
     tolerance += 2**-38 * x.double().abs().max() * w.abs().sum(1)
     excess = ((got.cpu().double() - y).abs() / tolerance).max().item()
-    assert got.dtype == dtype and got.shape == (rows, n) and excess <= 1, (rows, n, k, block_size, dtype, excess)
+    assert got.dtype == dtype and got.shape == (rows, n) and excess <= 1, (
+        rows,
+        n,
+        k,
+        block_size,
+        dtype,
+        excess,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

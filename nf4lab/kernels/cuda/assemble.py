@@ -25,13 +25,13 @@ def pretend_gpu(capability):
         yield
 
 
-def assemble(kernel, signature, capability, **options):
+def assemble(kernel, signature, capability, max_registers=None):
     """(PTX, cubin) of `kernel` for the argument types `signature`, linked with link-time optimisation.
 
     The linker also checks the inline PTX, which the compiler passes on unread.
     """
     with pretend_gpu(capability):
-        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, **options)
+        compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, max_registers=max_registers)
         library = compiled._codelibrary
         cubin = library.get_cubin(cc=capability)
         return library.get_lto_ptx(cc=capability), getattr(cubin, "code", cubin)

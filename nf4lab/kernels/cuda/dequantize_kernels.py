@@ -10,11 +10,11 @@ v1 to v4 take (packed, absmax, levels, out, n, block_shift, wide) with block_siz
 numbered below `wide` are whole and aligned for wide loads and stores; the others go element by element.
 """
 
-from numba import cuda, float32, int64, uint32
+from numba import config, cuda, float32, int64, uint32
 
 from .intrinsics import in_16_bytes, load_codes, multiply, store, store16
 
-THREADS = 256
+THREADS = 32 if config.ENABLE_CUDASIM else 256  # the simulator starts a thread of the host for each
 
 
 @cuda.jit

@@ -9,7 +9,7 @@ All take (x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias
 group_shift, nested, has_bias). With `nested`, a block's absmax is code_map[code] * group_absmax + offset.
 """
 
-from numba import cuda, float32, int64, uint32
+from numba import config, cuda, float32, int64, uint32
 
 from .dequantize_kernels import decode
 from .intrinsics import (
@@ -23,14 +23,16 @@ from .intrinsics import (
     max_magnitude,
     multiply_16x16x8,
     pack_half,
+    pair_at,
     store,
     sum_across,
     widen8,
 )
 
 EVERY_LANE = 0xFFFFFFFF
-ROWS_OF_W = 8  # v1, v2: warps a thread block, one row of W each
+ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
+MAX_REGISTERS = 65536 // (32 * WARPS)  # v3: what a thread may have when a block of 16 warps is to fit
 STEP = 256  # v3: columns that a warp takes at a time
 
 
@@ -88,10 +90,14 @@ def v2(
     row = task // n
     total = float32(0)
     if row < rows:
-        for j in range(lane, k >> 5, 32):  # 32 columns, 16 bytes: within one block, which has at least 32 values
+        for j in range(
+            lane, k >> 5, 32
+        ):  # 32 columns, 16 bytes: within one block, which has at least 32 values
             first = column * k + 32 * j
             load16(packed, first >> 5, words, 0)
-            scale = absmax_of(first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
+            scale = absmax_of(
+                first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
             part = float32(0)
             for w in range(4):
                 load8(x, ((row * k) >> 3) + 4 * j + w, raw)
@@ -141,16 +147,21 @@ def greatest_x(x, vectors, shared, end):
 
 
 @cuda.jit(device=True, inline="always")
-def stage_x(x, k, vectors, scale, shared):
-    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it."""
-    raw = cuda.local.array(8, uint32)
+def stage_x(x, vectors, scale, raw, shared):
+    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
+
+    `raw` holds this thread's first vector, loaded earlier.
+    """
     values = cuda.local.array(8, float32)
-    for v in range(cuda.threadIdx.x, vectors, WARPS * 32):
-        load8(x, v, raw)
+    v = int64(cuda.threadIdx.x)
+    while v < vectors:
         widen8(x, raw, values)
         place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
         for e in range(4):
             shared[place + e] = pack_half(values[2 * e] * scale, values[2 * e + 1] * scale)
+        v += WARPS * 32
+        if v < vectors:
+            load8(x, v, raw)
 
 
 @cuda.jit(device=True, inline="always")
@@ -164,9 +175,10 @@ def fetch(packed, row, k, chunk, t, words):
 
 
 @cuda.jit(device=True, inline="always")
-def pair(shared, word, b, lane):
-    """The two float16 of byte b of `word`."""
-    return shared[PAIRS + (((word >> uint32(8 * b)) & uint32(255)) << uint32(5) | lane)]
+def pair(shared, word, b, lane_bytes):
+    """The two float16 of byte b of `word`: the byte times 128, the distance of two entries in a lane's table."""
+    spread = uint32(word << uint32(7)) if b == 0 else uint32(word >> uint32(8 * b - 7))
+    return pair_at(shared, spread, lane_bytes)
 
 
 def tensor_core_kernel(fragments):
@@ -179,6 +191,8 @@ def tensor_core_kernel(fragments):
     opposite. So each 64 columns, which share an absmax, come out as a sum of their own, in lane t = m.
     """
     four = 4 * fragments
+    chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
+    all_sums = four * chains
 
     @cuda.jit
     def v3(
@@ -188,11 +202,14 @@ def tensor_core_kernel(fragments):
         shared = cuda.shared.array(0, uint32)
         words = cuda.local.array(16, uint32)
         ahead = cuda.local.array(16, uint32)
-        b = cuda.local.array(four, uint32)
-        sums = cuda.local.array(four, float32)
+        a = cuda.local.array(8, uint32)
+        b = cuda.local.array(4, uint32)
+        raw = cuda.local.array(8, uint32)
+        sums = cuda.local.array(all_sums, float32)
         low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
         high = cuda.local.array(fragments, float32)  # row g + 8
         thread = uint32(cuda.threadIdx.x)
+        lane_bytes = uint32((thread & uint32(31)) * uint32(4))
         lane, warp = thread & uint32(31), int64(thread >> uint32(5))
         g, t = int64(lane >> uint32(2)), int64(lane & uint32(3))
         chunks, tiles = k // STEP, n >> 4
@@ -207,26 +224,38 @@ def tensor_core_kernel(fragments):
                 block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
             )
             scale_high = absmax_of(
-                (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                (block + 8 * k) >> block_shift,
+                absmax,
+                codes,
+                group_absmax,
+                offset,
+                code_map,
+                group_shift,
+                nested,
             )
 
+        vectors = (rows * k) >> 3
+        if int64(thread) < vectors:
+            load8(x, int64(thread), raw)
         fill_pairs(shared, levels, int64(lane), warp)
         if thread < uint32(128):
             shared[ZEROS + thread] = uint32(0)
-        vectors = (rows * k) >> 3
         end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
-        if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
+        if not has_float16_range(
+            x
+        ):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
             exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
-        stage_x(x, k, vectors, scale, shared)
+        stage_x(x, vectors, scale, raw, shared)
         cuda.syncthreads()
 
         for f in range(fragments):
             low[f] = high[f] = float32(0)
         step = int64(0)
         buffer = int64(0)
+        turn = thread  # which warp adds up moves on with every tile: none falls behind
         while tile < tiles:
             next_step, next_tile = step + 1, tile
             if next_step == steps:
@@ -239,31 +268,46 @@ def tensor_core_kernel(fragments):
                     block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
                 )
                 next_high = absmax_of(
-                    (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                    (block + 8 * k) >> block_shift,
+                    absmax,
+                    codes,
+                    group_absmax,
+                    offset,
+                    code_map,
+                    group_shift,
+                    nested,
                 )
             chunk = warp + WARPS * step
             if chunk < chunks:
                 for piece in range(2):
-                    for f in range(four):
+                    for f in range(all_sums):
                         sums[f] = float32(0)
                     for j in range(4):
+                        for h in range(2):
+                            a[4 * h] = pair(shared, words[8 * piece + j], 2 * h, lane_bytes)
+                            a[4 * h + 1] = pair(shared, words[8 * piece + 4 + j], 2 * h, lane_bytes)
+                            a[4 * h + 2] = pair(shared, words[8 * piece + j], 2 * h + 1, lane_bytes)
+                            a[4 * h + 3] = pair(shared, words[8 * piece + 4 + j], 2 * h + 1, lane_bytes)
                         for f in range(fragments):
                             m = 4 * f + (g >> 1)
                             mine = (t >> 1) == (g & 1) and m < rows
                             start = X + ((m * k + chunk * STEP) >> 1) if mine else ZEROS
-                            load16(shared, (start >> 2) + 16 * piece + 4 * j + t, b, 4 * f)
-                        for h in range(2):
-                            a0 = pair(shared, words[8 * piece + j], 2 * h, lane)
-                            a1 = pair(shared, words[8 * piece + 4 + j], 2 * h, lane)
-                            a2 = pair(shared, words[8 * piece + j], 2 * h + 1, lane)
-                            a3 = pair(shared, words[8 * piece + 4 + j], 2 * h + 1, lane)
-                            for f in range(fragments):
-                                multiply_16x16x8(sums, 4 * f, a0, a1, a2, a3, b[4 * f + 2 * h], b[4 * f + 2 * h + 1])
-                    quad = int64(lane & uint32(28)) + 2 * piece  # the lane that holds these 64 columns' absmax
+                            load16(shared, (start >> 2) + 16 * piece + 4 * j + t, b, 0)
+                            for h in range(2):
+                                chain = four * (h % chains) + 4 * f
+                                multiply_16x16x8(
+                                    sums, chain, a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3],
+                                    b[2 * h], b[2 * h + 1],
+                                )  # fmt: skip
+                    quad = (
+                        int64(lane & uint32(28)) + 2 * piece
+                    )  # the lane that holds these 64 columns' absmax
                     low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
                     low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
                     high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
                     high_1 = cuda.shfl_sync(EVERY_LANE, scale_high, quad + 1)
+                    for c in range(four, all_sums):
+                        sums[c - four] += sums[c]
                     for f in range(fragments):
                         low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
                         high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1
@@ -279,12 +323,14 @@ def tensor_core_kernel(fragments):
                         shared[place + 8] = float_bits(high[f])
                     low[f] = high[f] = float32(0)
                 cuda.syncthreads()
-                if thread < uint32(16 * rows):
+                if turn < uint32(16 * rows):
                     total = float32(0)
                     for w in range(WARPS):
-                        total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(thread)])
-                    column = 16 * tile + int64(thread & uint32(15))
-                    finish(y, bias, has_bias, int64(thread >> uint32(4)) * n + column, column, total * inverse)
+                        total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(turn)])
+                    column = 16 * tile + int64(turn & uint32(15))
+                    finish(y, bias, has_bias, int64(turn >> uint32(4)) * n + column, column, total * inverse)
+                if fragments < 4:  # with 16 rows half of the warps add up anyway, and registers are scarce
+                    turn = uint32((turn + uint32(32)) & uint32(32 * WARPS - 1))
                 buffer = 1 - buffer
             step, tile = next_step, next_tile
 

@@ -13,6 +13,8 @@
     store4(packed, i, word)  one uint32 into bytes 4i..4i+3    packed on 4 bytes
     float_bits(x)            the 32 bits of a float32; bits_float(bits) goes back
     max_magnitude(bits, x)   bits of the greater of two magnitudes, one given as its bits; NaN counts as greatest
+    max_magnitude8(x, raw)   the same of eight elements as load8 left them, 16-bit ones two at a time
+    pair_at(shared, spread, lane_bytes)  the uint32 at byte (spread & 0x7F80) | lane_bytes of shared memory
     multiply(a, b)           a * b rounded by itself: never fused with a following addition
     fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x

@@ -4,7 +4,6 @@ numba's own launch takes 34 us and more, most of it to look at the arguments; he
 In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the kernel on CPU tensors.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -14,7 +13,7 @@ import torch
 
 os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
-from numba import config, cuda, types  # noqa: E402
+from numba import config, cuda, types
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 TYPES = {
@@ -33,23 +32,24 @@ def available():
         return None
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else " (this torch was built without CUDA: install a CUDA build)"
-        return f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
+        return (
+            f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
+        )
     try:
         from cuda.bindings import driver  # noqa: F401
     except ImportError:
-        return "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+        return (
+            "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+        )
     if not cuda.is_available():
         return "numba.cuda finds no usable driver or NVVM: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
     return None
 
 
-def require(*tensors):
-    """Raise RuntimeError, in one sentence, unless the kernels can run on these tensors (one device for all)."""
-    if reason := available():
-        raise RuntimeError(f"CUDA kernels cannot run: {reason}")
-    devices = {str(t.device) for t in tensors}
-    if len(devices) > 1 or not (SIMULATOR or tensors[0].is_cuda):
-        raise RuntimeError(f"CUDA kernels need all tensors on one GPU; got {', '.join(sorted(devices))}")
+def refuse(*args):
+    """What the ops do with CPU tensors: RuntimeError, in one sentence."""
+    reason = available() or "the tensors are on the CPU: move them to the GPU, or call the CPU kernels"
+    raise RuntimeError(f"CUDA kernels cannot run: {reason}")
 
 
 def signature(args):
@@ -64,14 +64,16 @@ def signature(args):
 class Loaded:
     """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
 
-    def __init__(self, kernel, args, device):
+    def __init__(self, kernel, args, device, max_registers):
         from cuda.bindings import driver
 
         self.driver, self.device = driver, device
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
             self.context = check(driver.cuCtxGetCurrent(), driver)
-            fresh = cuda.jit(kernel.py_func)  # one compilation a device: GPUs may differ in one machine
+            fresh = cuda.jit(
+                kernel.py_func, max_registers=max_registers
+            )  # one compilation a device: GPUs may differ in one machine
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
@@ -118,30 +120,31 @@ _loaded = {}
 _compiling = threading.Lock()
 
 
-def load(kernel, args, device, key, shared_bytes):
+def load(kernel, args, device, key, shared_bytes, max_registers):
     """Compile and load a kernel that this device has not seen with these types."""
     with _compiling:
         if key not in _loaded:
-            loaded = Loaded(kernel, args, device)
+            loaded = Loaded(kernel, args, device, max_registers)
             if shared_bytes:
                 loaded.allow_all_shared_memory()
             _loaded[key] = loaded
     return _loaded[key]
 
 
-def launch(kernel, grid, threads, args, *, shared_bytes=0):
-    """Run `kernel` on args (tensors of one GPU, and ints) on torch's current stream.
+def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=None):
+    """Run `kernel` on args (tensors of one GPU, ints, or None for no flag) on torch's current stream.
 
-    The first call of a kernel with new tensor types compiles it (about a second), so make it before capturing a
-    CUDA graph. Nothing else is checked here.
+    dtype is that of the arguments which may vary from call to call. The first call with a new one compiles (seconds),
+    so make it before capturing a CUDA graph. Nothing is checked here.
     """
     if SIMULATOR:
         return simulate(kernel, grid, threads, args, shared_bytes)
     device = args[0].get_device()
-    key = (kernel, device, *[a.dtype if isinstance(a, torch.Tensor) else None for a in args])
-    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes)
-    here = torch._C._cuda_getDevice()
-    with torch.cuda.device(device) if here != device else contextlib.nullcontext():
+    key = (kernel, device, dtype)
+    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
+    if torch._C._cuda_getDevice() == device:
+        return loaded(grid, threads, shared_bytes, args)
+    with torch.cuda.device(device):
         loaded(grid, threads, shared_bytes, args)
 
 

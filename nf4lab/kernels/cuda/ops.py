@@ -9,7 +9,7 @@ import functools
 import torch
 
 from . import dequantize_kernels, gemv_kernels, quantize_kernels
-from .launch import SIMULATOR, launch, require
+from .launch import SIMULATOR, launch, refuse
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,16 +23,19 @@ def define(schema, implementation):
     name = schema.split("(")[0]
     library.define(schema)
     library.impl(name, implementation, "CUDA")
+    library.impl(name, refuse, "CPU")
     torch.library.register_fake(f"nf4lab::{name}", lambda *args: None, lib=library)
     return implementation if SIMULATOR else getattr(torch.ops.nf4lab, name).default
 
 
-def expect(name, tensor, dtypes, count):
-    """ValueError or TypeError unless `tensor` is contiguous, of one of `dtypes` and has `count` elements."""
+def expect(name, tensor, dtypes, count, device):
+    """ValueError or TypeError unless `tensor` is contiguous, on `device`, of one of `dtypes` and has `count` elements."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.numel() != count:
         raise ValueError(f"{name} must have {count} elements; got {tensor.numel()}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the rest; got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; got strides {tuple(tensor.stride())}")
 
@@ -54,28 +57,26 @@ def dequantize(packed, absmax, levels, *, n, block_size, out, version="v4"):
     """
     expect_block_size("block_size", block_size)
     n_blocks = -(-n // block_size)
-    expect("out", out, FLOATS, n)
-    expect("packed", packed, (torch.uint8,), (n + 1) // 2)
-    expect("levels", levels, (torch.float32,), 16)
+    expect("out", out, FLOATS, n, out.device)
+    expect("packed", packed, (torch.uint8,), (n + 1) // 2, out.device)
+    expect("levels", levels, (torch.float32,), 16, out.device)
     if isinstance(absmax, tuple):
         codes, group_absmax, offset, code_map, group_size = absmax
-        expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks)
-        require(out, packed, levels, codes, group_absmax, offset, code_map)
+        expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks, out.device)
         _nested_op(packed, codes, group_absmax, offset, code_map, levels, n, block_size, group_size, out)
     else:
-        expect("absmax", absmax, (torch.float32,), n_blocks)
-        require(out, packed, levels, absmax)
+        expect("absmax", absmax, (torch.float32,), n_blocks, out.device)
         _dequantize_op(packed, absmax, levels, n, block_size, out, version)
     return out
 
 
-def expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks):
+def expect_nested(codes, group_absmax, offset, code_map, group_size, n_blocks, device):
     if group_size < 1 or group_size & (group_size - 1):
         raise ValueError(f"group_size must be a power of two; got {group_size}")
-    expect("codes", codes, (torch.uint8,), n_blocks)
-    expect("group_absmax", group_absmax, (torch.float32,), -(-n_blocks // group_size))
-    expect("offset", offset, (torch.float32,), 1)
-    expect("code_map", code_map, (torch.float32,), 256)
+    expect("codes", codes, (torch.uint8,), n_blocks, device)
+    expect("group_absmax", group_absmax, (torch.float32,), -(-n_blocks // group_size), device)
+    expect("offset", offset, (torch.float32,), 1, device)
+    expect("code_map", code_map, (torch.float32,), 256, device)
 
 
 def wide_groups(packed, out, n):
@@ -88,7 +89,7 @@ def _run_dequantize(packed, absmax, levels, n, block_size, out, version):
     if n:
         args = (packed, absmax, levels, out, n, block_size.bit_length() - 1, wide_groups(packed, out, n))
         shape = dequantize_kernels.shape(version, n, out.element_size())
-        launch(dequantize_kernels.VERSIONS[version], *shape, args)
+        launch(dequantize_kernels.VERSIONS[version], *shape, args, dtype=out.dtype)
 
 
 def _run_nested(packed, codes, group_absmax, offset, code_map, levels, n, block_size, group_size, out):
@@ -96,7 +97,8 @@ def _run_nested(packed, codes, group_absmax, offset, code_map, levels, n, block_
         shifts = block_size.bit_length() - 1, group_size.bit_length() - 1
         numbers = n, *shifts, wide_groups(packed, out, n)
         shape = dequantize_kernels.shape("nested", n, out.element_size())
-        launch(dequantize_kernels.nested, *shape, (packed, codes, group_absmax, offset, code_map, levels, out, *numbers))
+        args = (packed, codes, group_absmax, offset, code_map, levels, out, *numbers)
+        launch(dequantize_kernels.nested, *shape, args, dtype=out.dtype)
 
 
 _dequantize_op = define(
@@ -133,11 +135,10 @@ def quantize(x, boundaries, *, block_size, packed, absmax, codes=None, check_fin
     """
     n = x.numel()
     expect_block_size("block_size", block_size)
-    expect("x", x, FLOATS, n)
-    expect("boundaries", boundaries, (torch.float32,), 15)
-    expect("packed", packed, (torch.uint8,), (n + 1) // 2)
-    expect("absmax", absmax, (torch.float32,), -(-n // block_size))
-    require(x, boundaries, packed, absmax)
+    expect("x", x, FLOATS, n, x.device)
+    expect("boundaries", boundaries, (torch.float32,), 15, x.device)
+    expect("packed", packed, (torch.uint8,), (n + 1) // 2, x.device)
+    expect("absmax", absmax, (torch.float32,), -(-n // block_size), x.device)
     numbering = COUNTING_UP if codes is None else numbering_of(tuple(codes))
     _quantize_op(x, boundaries, numbering, block_size, check_finite, packed, absmax, version)
 
@@ -150,7 +151,8 @@ def _run_quantize(x, boundaries, numbering, block_size, check_finite, packed, ab
     wide = n // 8 if x.data_ptr() % 16 == 0 and packed.data_ptr() % 4 == 0 else 0
     args = (x, boundaries, packed, absmax, flag)
     numbers = (n, block_size.bit_length() - 1, numbering, int(check_finite), wide)
-    launch(quantize_kernels.VERSIONS[version], *quantize_kernels.shape(version, n, block_size), (*args, *numbers))
+    shape = quantize_kernels.shape(version, n, block_size)
+    launch(quantize_kernels.VERSIONS[version], *shape, (*args, *numbers), dtype=x.dtype)
     if check_finite:
         refuse_if_set(flag, x)
 
@@ -167,7 +169,9 @@ def refuse_if_set(flag, x):
         torch.cuda.current_stream(x.device).synchronize()
     if flag.item():
         bad = (~torch.isfinite(x)).reshape(-1).nonzero().reshape(-1)
-        raise ValueError(f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}")
+        raise ValueError(
+            f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}"
+        )
 
 
 _quantize_op = define(
@@ -192,27 +196,40 @@ def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, v
     if x.shape[-1] != k or not 1 <= rows <= 16:
         raise ValueError(f"x must have 1 to 16 rows of {k}; got shape {tuple(x.shape)}")
     n_blocks = -(-(n * k) // block_size)
-    expect("x", x, FLOATS, rows * k)
-    expect("packed", packed, (torch.uint8,), (n * k + 1) // 2)
-    expect("levels", levels, (torch.float32,), 16)
+    expect("x", x, FLOATS, rows * k, x.device)
+    expect("packed", packed, (torch.uint8,), (n * k + 1) // 2, x.device)
+    expect("levels", levels, (torch.float32,), 16, x.device)
     if isinstance(absmax, tuple):
-        expect_nested(*absmax, n_blocks)
+        expect_nested(*absmax, n_blocks, x.device)
         *parts, group_size = absmax
     else:
-        expect("absmax", absmax, (torch.float32,), n_blocks)
+        expect("absmax", absmax, (torch.float32,), n_blocks, x.device)
         parts, group_size = (packed, absmax, absmax, absmax), 0  # stand-ins that the kernel does not touch
     out = x.new_empty(*x.shape[:-1], n) if out is None else out
-    expect("out", out, (x.dtype,), rows * n)
+    expect("out", out, (x.dtype,), rows * n, x.device)
     if bias is not None:
-        expect("bias", bias, (x.dtype,), n)
-    require(x, packed, levels, *parts, out)
+        expect("bias", bias, (x.dtype,), n, x.device)
     scale = parts[1] if group_size else absmax
     _gemv_op(x, packed, scale, *parts, levels, bias, n, k, block_size, group_size, out, version)
     return out
 
 
 def _run_gemv(
-    x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, n, k, block_size, group_size, out, version
+    x,
+    packed,
+    absmax,
+    codes,
+    group_absmax,
+    offset,
+    code_map,
+    levels,
+    bias,
+    n,
+    k,
+    block_size,
+    group_size,
+    out,
+    version,
 ):
     rows = x.numel() // k
     tensors = packed, absmax, codes, group_absmax, offset, code_map, levels, out if bias is None else bias
@@ -221,18 +238,27 @@ def _run_gemv(
     wide = x.data_ptr() % 16 == 0 and packed.data_ptr() % 16 == 0
     if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
         most = rows_that_fit(k)
-        for first in range(0, rows, most):
-            part = slice(first * k, (first + most) * k), slice(first * n, (first + most) * n)
-            count = min(most, rows - first)
-            args = (x.view(-1)[part[0]], *tensors, out.view(-1)[part[1]], count, n, k, *shifts, *flags)
+        parts = (
+            [(x, out)]
+            if rows <= most
+            else zip(x.view(rows, k).split(most), out.view(rows, n).split(most), strict=True)
+        )
+        for some_x, some_out in parts:
+            count = some_x.numel() // k
+            args = (some_x, *tensors, some_out, count, n, k, *shifts, *flags)
             kernel = gemv_kernels.TENSOR_CORES[1 if count <= 4 else 2 if count <= 8 else 4]
             blocks = min(n // 16, processors(x.get_device()))
-            launch(kernel, blocks, 512, args, shared_bytes=4 * gemv_kernels.shared_words(count, k))
+            room = {
+                "shared_bytes": 4 * gemv_kernels.shared_words(count, k),
+                "max_registers": gemv_kernels.MAX_REGISTERS,
+            }
+            launch(kernel, blocks, 32 * gemv_kernels.WARPS, args, dtype=x.dtype, **room)
     else:
         simple = version == "v1" or not wide or k % 32 or block_size < 32
         kernel = gemv_kernels.v1 if simple else gemv_kernels.v2
         args = (x, *tensors, out, rows, n, k, *shifts, *flags)
-        launch(kernel, -(-rows * n // gemv_kernels.ROWS_OF_W), 32 * gemv_kernels.ROWS_OF_W, args)
+        blocks = -(-rows * n // gemv_kernels.ROWS_OF_W)
+        launch(kernel, blocks, 32 * gemv_kernels.ROWS_OF_W, args, dtype=x.dtype)
 
 
 def tensor_cores_fit(x, n, k, block_size):

@@ -9,28 +9,29 @@ from numba import cuda, int32, types, uint32
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
-
 __all__ = [
     "bits_float",
     "float_bits",
     "fused",
+    "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
+    "load16",
     "load_codes",
     "max_across",
     "max_magnitude",
+    "max_magnitude8",
     "multiply",
+    "multiply_16x16x8",
+    "pack_half",
+    "pair_at",
     "quotient",
     "reciprocal",
     "store",
-    "store16",
     "store4",
+    "store16",
     "sum_across",
-    "load16",
-    "pack_half",
-    "has_float16_range",
-    "multiply_16x16x8",
     "widen8",
 ]
 
@@ -57,7 +58,9 @@ def inline_ptx(builder, text, result, args, *, effect=False):
 
 def pointer_to(context, builder, kind, array, element):
     """Address of an argument (pointer or array) as a pointer to `element`."""
-    data = array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
+    data = (
+        array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
+    )
     return builder.bitcast(data, element.as_pointer(data.type.addrspace))
 
 
@@ -240,7 +243,9 @@ def in_16_bytes(typing, out):
 def load_codes(typing, packed, i, out):
     def emit(context, builder, signature, args):
         element = ir.IntType(4 * per_store(out.dtype))  # 4 bits a code
-        raw = builder.load(at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8)
+        raw = builder.load(
+            at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8
+        )
         return raw if element == I32 else builder.zext(raw, I32)
 
     return types.uint32(packed, i, out), emit
@@ -271,6 +276,53 @@ def max_magnitude(typing, bits, value):
         return builder.select(builder.icmp_unsigned(">", other, args[0]), other, args[0])
 
     return types.uint32(types.uint32, types.float32), emit
+
+
+@intrinsic
+def max_magnitude8(typing, x, raw):
+    def emit(context, builder, signature, args):
+        source = pointer_to(context, builder, raw, args[1], I32)
+        count = 8 // (8 // per_store(x.dtype) * 4)  # elements in a word: 1 or 2
+        words = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(8 // count)]
+        mask = ir.Constant(I32, 0x7FFFFFFF if count == 1 else 0x7FFF7FFF)
+        words = [builder.and_(word, mask) for word in words]
+        if count == 1:
+            greatest = greatest_of(builder, words)
+            return greatest
+        if compute_capability() >= (8, 0):
+            name = "f16x2" if x.dtype == types.float16 else "bf16x2"
+            packed = words[0]
+            for word in words[1:]:
+                packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
+            words = [packed]
+        halves = [
+            builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)
+        ]
+        return greatest_of(builder, [builder.bitcast(float_from(builder, x.dtype, h), I32) for h in halves])
+
+    return types.uint32(x, raw), emit
+
+
+def greatest_of(builder, words):
+    """The greatest of some uint32."""
+    greatest = words[0]
+    for word in words[1:]:
+        greatest = builder.select(builder.icmp_unsigned(">", word, greatest), word, greatest)
+    return greatest
+
+
+@intrinsic
+def pair_at(typing, shared, spread, lane_bytes):
+    def emit(context, builder, signature, args):
+        text = (
+            "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
+        )
+        offset = inline_ptx(builder, text, I32, list(args[1:]))
+        base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
+        address = builder.gep(base, [builder.zext(offset, I64)])
+        return builder.load(builder.bitcast(address, I32.as_pointer(address.type.addrspace)), align=4)
+
+    return types.uint32(shared, types.uint32, types.uint32), emit
 
 
 @intrinsic
@@ -316,7 +368,7 @@ def multiply_16x16x8(typing, sums, first, a0, a1, a2, a3, b0, b1):
         four = ir.LiteralStructType([F32] * 4)
         constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
         function = ir.FunctionType(four, [value.type for value in operands])
-        result = builder.call(ir.InlineAsm(function, text, constraints, side_effect=True), operands)
+        result = builder.call(ir.InlineAsm(function, text, constraints), operands)
         result.attributes.add("convergent")
         for k, place in enumerate(places):
             builder.store(builder.extract_value(result, k), place)
@@ -331,17 +383,15 @@ EVERY_LANE = 0xFFFFFFFF
 
 @cuda.jit(device=True, inline="always")
 def max_across(value, lanes):
-    offset = lanes >> 1
-    while offset > 0:
-        value = max(value, uint32(cuda.shfl_xor_sync(EVERY_LANE, int32(value), offset)))
-        offset >>= 1
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            value = max(value, uint32(cuda.shfl_xor_sync(EVERY_LANE, int32(value), offset)))
     return value
 
 
 @cuda.jit(device=True, inline="always")
 def sum_across(value, lanes):
-    offset = lanes >> 1
-    while offset > 0:
-        value += cuda.shfl_xor_sync(EVERY_LANE, value, offset)
-        offset >>= 1
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, offset)
     return value

@@ -15,11 +15,24 @@ are aligned for 16-byte loads and 4-byte stores; the others go element by elemen
 
 import math
 
-from numba import cuda, float32, int32, int64, uint8, uint32
+from numba import config, cuda, float32, int32, int64, uint8, uint32
 
-from .intrinsics import bits_float, float_bits, fused, load, load8, max_across, max_magnitude, quotient, reciprocal, store4, widen8
+from .intrinsics import (
+    bits_float,
+    float_bits,
+    fused,
+    load,
+    load8,
+    max_across,
+    max_magnitude,
+    max_magnitude8,
+    quotient,
+    reciprocal,
+    store4,
+    widen8,
+)
 
-THREADS = 256
+THREADS = 32 if config.ENABLE_CUDASIM else 256  # the simulator starts a thread of the host for each
 INFINITY_BITS = 0x7F800000  # |x| as bits orders like |x|, and NaN is above infinity: one maximum finds both
 CELLS = 32  # 31 of them over [-1, 1], 1/15 wide: NF4's boundaries are 0.08 apart, so none holds two
 SLOTS = 2 * CELLS  # twice as many as cells: a NaN may look anywhere
@@ -61,20 +74,24 @@ def start_reading(x, i, wide, raw):
 
 @cuda.jit(device=True, inline="always")
 def finish_reading(x, i, n, wide, raw, values):
-    """Elements 8i..8i+7 as float32; those past the end are 0, which changes no absmax and pads an odd n."""
+    """Write elements 8i..8i+7 as float32; return the bits of the greatest magnitude.
+
+    Elements past the end are 0, which changes no absmax and pads an odd n.
+    """
+    bits = uint32(0)
     if i < wide:
+        bits = max_magnitude8(x, raw)
         widen8(x, raw, values)
     else:
         for k in range(8):
             values[k] = load(x, 8 * i + k) if 8 * i + k < n else float32(0)
+            bits = max_magnitude(bits, values[k])
+    return bits
 
 
 @cuda.jit(device=True, inline="always")
-def block_absmax_bits(values, lanes, scratch):
-    """Bits of the greatest |value| of `lanes` neighbouring threads, which hold one block."""
-    bits = uint32(0)
-    for k in range(8):
-        bits = max_magnitude(bits, values[k])
+def block_absmax_bits(bits, lanes, scratch):
+    """The greatest `bits` of `lanes` neighbouring threads, which hold one block."""
     bits = max_across(bits, min(lanes, 32))
     if lanes > 32:  # a block over several warps: they meet in shared memory
         warp = cuda.threadIdx.x >> 5
@@ -126,7 +143,9 @@ def fill_cells(cell, boundaries, numbering, threshold, code_below):
     bound = float32(math.inf)
     for b in range(15):
         boundary = boundaries[b]
-        home = cell_of(max(float32(-1.05), min(boundary, float32(1.05))))  # 0 and 32 hold what lies beyond the ends
+        home = cell_of(
+            max(float32(-1.05), min(boundary, float32(1.05)))
+        )  # 0 and 32 hold what lies beyond the ends
         below += 1 if home < cell else 0
         inside += 1 if home == cell else 0
         bound = boundary if home == cell else bound
@@ -153,9 +172,9 @@ def write_group(packed, i, n, wide, word):
 
 
 @cuda.jit(device=True, inline="always")
-def write_absmax(absmax, flag, i, n, block_shift, bits, check):
+def write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check):
     """The first thread of a block stores its absmax, and raises the flag if that is no number."""
-    if (8 * i) & ((int64(1) << block_shift) - 1) == 0 and 8 * i < n:
+    if cuda.threadIdx.x & (lanes - 1) == 0 and 8 * i < n:
         absmax[(8 * i) >> block_shift] = bits_float(bits)
         if check and bits >= uint32(INFINITY_BITS):
             flag[0] = 1
@@ -171,11 +190,11 @@ def v2(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
         thresholds[cuda.threadIdx.x] = boundaries[cuda.threadIdx.x]
     cuda.syncthreads()
     i = int64(cuda.grid(1))
-    lanes = 1 << (block_shift - 3)
+    lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw)
-    finish_reading(x, i, n, wide, raw, values)
-    bits = block_absmax_bits(values, lanes, scratch)
-    write_absmax(absmax, flag, i, n, block_shift, bits, check)
+    bits = finish_reading(x, i, n, wide, raw, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
     normalise(values, bits_float(bits))
     word = uint32(0)
     for k in range(8):
@@ -207,15 +226,15 @@ def v3(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
     raw = cuda.local.array(8, uint32)
     values = cuda.local.array(8, float32)
     i = int64(cuda.grid(1))
-    lanes = 1 << (block_shift - 3)
+    lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw)
     crowded = False
     if cuda.threadIdx.x < CELLS:
         crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
     crowded = cuda.syncthreads_or(int32(crowded))
-    finish_reading(x, i, n, wide, raw, values)
-    bits = block_absmax_bits(values, lanes, scratch)
-    write_absmax(absmax, flag, i, n, block_shift, bits, check)
+    bits = finish_reading(x, i, n, wide, raw, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
     normalise(values, bits_float(bits))
     word = codes_of_group(values, crowded, boundaries, numbering, threshold, code_below)
     write_group(packed, i, n, wide, word)
@@ -232,19 +251,19 @@ def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
     values_j = cuda.local.array(8, float32)
     i = int64(cuda.blockIdx.x) * (2 * cuda.blockDim.x) + cuda.threadIdx.x
     j = i + cuda.blockDim.x
-    lanes = 1 << (block_shift - 3)
+    lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw_i)
     start_reading(x, j, wide, raw_j)
     crowded = False
     if cuda.threadIdx.x < CELLS:
         crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
     crowded = cuda.syncthreads_or(int32(crowded))
-    finish_reading(x, i, n, wide, raw_i, values_i)
-    finish_reading(x, j, n, wide, raw_j, values_j)
-    bits_i = block_absmax_bits(values_i, lanes, scratch)
-    bits_j = block_absmax_bits(values_j, lanes, scratch)
-    write_absmax(absmax, flag, i, n, block_shift, bits_i, check)
-    write_absmax(absmax, flag, j, n, block_shift, bits_j, check)
+    bits_i = finish_reading(x, i, n, wide, raw_i, values_i)
+    bits_j = finish_reading(x, j, n, wide, raw_j, values_j)
+    bits_i = block_absmax_bits(bits_i, lanes, scratch)
+    bits_j = block_absmax_bits(bits_j, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits_i, check)
+    write_absmax(absmax, flag, j, n, block_shift, lanes, bits_j, check)
     normalise(values_i, bits_float(bits_i))
     normalise(values_j, bits_float(bits_j))
     word_i = codes_of_group(values_i, crowded, boundaries, numbering, threshold, code_below)

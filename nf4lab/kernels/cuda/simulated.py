@@ -7,28 +7,29 @@ import threading
 
 import numpy as np
 
-
 __all__ = [
     "bits_float",
     "float_bits",
     "fused",
+    "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
+    "load16",
     "load_codes",
     "max_across",
     "max_magnitude",
+    "max_magnitude8",
     "multiply",
+    "multiply_16x16x8",
+    "pack_half",
+    "pair_at",
     "quotient",
     "reciprocal",
     "store",
-    "store16",
     "store4",
+    "store16",
     "sum_across",
-    "load16",
-    "pack_half",
-    "has_float16_range",
-    "multiply_16x16x8",
     "widen8",
 ]
 
@@ -124,6 +125,14 @@ def has_float16_range(x):
 
 def multiply_16x16x8(*_):
     raise NotImplementedError("the simulator has no tensor cores")
+
+
+def max_magnitude8(x, raw):
+    return max(int(word) & 0x7FFFFFFF for word in raw)
+
+
+def pair_at(shared, spread, lane_bytes):
+    return shared[(int(spread) & 0x7F80 | int(lane_bytes)) >> 2]
 
 
 def _exchange(value):
