@@ -20,7 +20,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The kernels win at every size once they are loaded (benchmarks/cpu.py). Below this many elements the reference takes
 # about a millisecond, and is not worth the second that importing numba takes, or a first compilation.
 CPU_FROM = 2**16
-CHUNK = 2**16  # elements the reference handles at once; a multiple of every block size
+CHUNK = 2**16  # elements whose constants are made at once; a multiple of every block size
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
 
 
@@ -104,7 +104,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _constants(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor | None]:
-    """The constants that a kernel does not make, by the format's own function, in the reference's chunks."""
+    """The constants that a kernel does not make, by the format's own function, in chunks."""
     whole = flat.numel() - flat.numel() % block_size
     chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size))
     if whole < flat.numel():

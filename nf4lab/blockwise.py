@@ -18,7 +18,7 @@ from nf4lab.packing import pack, unpack
 
 BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CHUNK = backends.CHUNK
+CHUNK = 2**20  # elements handled at once, at most; a multiple of every block size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +42,7 @@ class QuantizedTensor:
     block_size: int
 
     def __post_init__(self):
+        _check_block_size(self.block_size)
         shape = tuple(self.shape)
         if self.packed.dtype != torch.uint8 or self.packed.numel() != (self.numel + 1) // 2:
             raise ValueError(
@@ -159,6 +160,7 @@ def quantize(
     if quantized is None:
         raise ValueError(_describe_non_finite(x))
     packed, *constants = quantized
+    _check_constants(constants[0], format)
     scale, location = (c if c is None or scheme is None else scheme.quantize(c) for c in constants)
     return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size)
 
@@ -221,11 +223,13 @@ DEQUANTIZE = {"torch": _dequantize_torch, **backends.DEQUANTIZE}
 def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, block width) over n elements: runs of whole blocks, then the short last block alone.
 
+    A run is a sixteenth of the whole, within limits: its float32 helpers, five or so, stay smaller than the tensor.
     No elements make one empty run, so that even then a format says whether it has locations.
     """
     whole = n - n % block_size
-    for start in range(0, whole, CHUNK) if n else (0,):
-        yield start, min(start + CHUNK, whole), block_size
+    run = min(max(n // 16 // 4096 * 4096, 2**16), CHUNK)
+    for start in range(0, whole, run) if n else (0,):
+        yield start, min(start + run, whole), block_size
     if whole < n:
         yield whole, n, n - whole
 
@@ -243,12 +247,22 @@ def _check_arguments(x: Tensor, format: Format, block_size: int) -> None:
         raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
+    _check_block_size(block_size)
+    if format.code_bits != 4:
+        raise ValueError(f"4-bit codes name at most 16 levels; format {format.name!r} has {format.levels.numel()}")
+
+
+def _check_block_size(block_size: int) -> None:
     if isinstance(block_size, bool) or not isinstance(block_size, int):
         raise TypeError(f"block_size must be an int; got {block_size!r}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of 16, 32, 64, …, 4096; got {block_size}")
-    if format.code_bits != 4:
-        raise ValueError(f"4-bit codes name at most 16 levels; format {format.name!r} has {format.levels.numel()}")
+
+
+def _check_constants(scale: Tensor, format: Format) -> None:
+    """A block of finite values can still have a range or a deviation too large for the constants' dtype."""
+    if not scale.isfinite().all():
+        raise ValueError(f"a block's scale exceeds {format.constants_dtype}, in which {format.name!r} stores it")
 
 
 def _check_out(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
@@ -275,7 +289,7 @@ def _describe_non_finite(x: Tensor) -> str:
     flat = x.detach().reshape(-1)
     nan = infinite = 0
     first = None
-    for start, stop, _ in _chunks(flat.numel(), CHUNK):
+    for start, stop, _ in _chunks(flat.numel(), BLOCK_SIZES[-1]):
         values = flat[start:stop].float()
         nan += values.isnan().sum().item()
         infinite += values.isinf().sum().item()

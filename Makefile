@@ -1,0 +1,37 @@
+# `make` prints what there is. PYTHON names the interpreter that makes the environment (3.11 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help book test lint notebooks home clean
+
+help: ## print this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+book: $(BIN)/ready ## build the book, every page run anew
+	$(BIN)/jupyter-book build . -W --keep-going
+	@echo "open $(CURDIR)/_build/html/index.html"
+
+test: book lint ## build the book, check style, run every test
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/ready ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(BIN)/ready ## write the notebook beside each chapter
+	$(BIN)/python book/make_notebooks.py
+
+home: $(BIN)/ready ## give the project its address: make home URL=https://github.com/you/nf4lab
+	@case "$(URL)" in https://*/*/*) ;; *) echo "make home URL=https://github.com/you/nf4lab"; exit 2;; esac
+	sed -i.bak -E 's|^(  url: ).*|\1$(URL)|' _config.yml && rm _config.yml.bak
+	$(BIN)/python book/make_notebooks.py
+
+clean: ## remove what was built, and the environment
+	rm -rf _build .venv
+
+$(BIN)/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nf4lab needs Python 3.11 or later; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@

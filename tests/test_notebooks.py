@@ -1,0 +1,100 @@
+"""The notebooks that Colab opens: made from the chapters, and run as Colab would run them."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "book" / "make_notebooks.py")
+make_notebooks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_notebooks)
+CHAPTERS = make_notebooks.chapters()
+COLAB = ["numba==0.61.2", "numpy==2.1.3", "scipy==1.16.3", "matplotlib==3.10.0"]
+
+
+def test_every_chapter_in_the_table_of_contents_has_code():
+    assert [path.stem[:2] for path in CHAPTERS] == ["in", "01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_notebook_has_the_cells_of_its_chapter_after_the_setup(chapter):
+    notebook = nbformat.read(chapter.with_suffix(".ipynb"), as_version=4)
+    nbformat.validate(notebook)
+    setup = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+    assert [cell.source for cell in setup] == [make_notebooks.setup_cell()]
+    in_notebook = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell not in setup]
+    assert in_notebook == [cell.source for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+
+
+def test_the_notebooks_are_up_to_date():
+    check = subprocess.run([sys.executable, make_notebooks.__file__, "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_no_directive_of_the_book_shows_in_a_notebook(chapter):
+    notebook = nbformat.read(chapter.with_suffix(".ipynb"), as_version=4)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not re.search(r"^\s*(```\{|:::|\(\w[\w-]*\)=)|\{[a-z:]+\}`", prose, re.MULTILINE)
+
+
+def test_home_rewrites_the_address_everywhere(tmp_path):
+    clone = tmp_path / "fork"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    (clone / ".venv").symlink_to(Path(sys.prefix))
+    subprocess.run(
+        ["make", "-s", "home", "URL=https://github.com/me/mine", "-o", ".venv/bin/ready"], cwd=clone, check=True
+    )
+    assert "url: https://github.com/me/mine\n" in (clone / "_config.yml").read_text()
+    for notebook in (clone / "book").glob("*.ipynb"):
+        assert "nf4lab @ git+https://github.com/me/mine@v" in notebook.read_text()
+    assert subprocess.run(
+        ["grep", "-rl", "YOUR_ORG", "_config.yml", "book"], cwd=clone, capture_output=True
+    ).stdout in (
+        b"",
+        b"book/make_notebooks.py\n",
+    )
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """A new environment with what Colab has and without this package: the path of its Python."""
+    folder = tmp_path_factory.mktemp("colab")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    torch = f"torch=={importlib.metadata.version('torch').split('+')[0]}"
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, torch, *COLAB, "safetensors", "nbclient", "ipykernel"], check=True)
+    return python
+
+
+def test_a_notebook_runs_from_an_empty_folder_on_colab(colab, tmp_path):
+    notebook = nbformat.read(ROOT / "book" / "03-levels-from-quantiles.ipynb", as_version=4)
+    setup = next(cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", []))
+    address = f"git+{make_notebooks.repository_url()}@v{make_notebooks.nf4lab.__version__}"
+    assert address in setup.source
+    setup.source = setup.source.replace(address, f"git+{ROOT.as_uri()}")
+    nbformat.write(notebook, tmp_path / "notebook.ipynb")
+    run = (
+        "import nbformat, nbclient; notebook = nbformat.read('notebook.ipynb', 4);"
+        "nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3').execute();"
+        "nbformat.write(notebook, 'executed.ipynb')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLAB_RELEASE_TAG": "rehearsal"}
+    environment["PATH"] = f"{colab.parent}:{environment['PATH']}"
+    done = subprocess.run([colab, "-c", run], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed = json.loads((tmp_path / "executed.ipynb").read_text())
+    printed = "".join("".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
+    assert "numba 0.61.2, no GPU" in printed
+    assert "with tail = 0.9677083 all 16 are equal" in printed
