@@ -82,6 +82,8 @@ def dequantize_cpu(q, out: Tensor) -> None:
         _array(q.packed), _dequantize_table(q.format), _array(q.scale), _array(q.location),
         q.block_size, _kind(out.dtype), _array(out), _threads(),
     )  # fmt: skip
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # autograd can't see that NumPy has written to it
 
 
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +140,7 @@ def _array(tensor: Tensor | None) -> np.ndarray:
     """The tensor's memory as a flat array, 16-bit floats as their bit patterns; None as no constants at all."""
     if tensor is None:
         return np.empty(0, np.float32)
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1).contiguous()
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype.itemsize == 2 else flat.numpy()
 
 

@@ -155,13 +155,15 @@ def quantize(
     format, scheme = as_format(format), as_double_quant(double_quant)
     _check_arguments(x, format, block_size)
     flat = x.detach().reshape(-1)
-    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, flat.numel())]
-    quantized = quantize_flat(flat, format, block_size)
+    n = flat.numel()
+    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n)]
+    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))
-    packed, *constants = quantized
-    _check_constants(constants[0], format)
-    scale, location = (c if c is None or scheme is None else scheme.quantize(c) for c in constants)
+    packed, scale, location = quantized if n else [None if part is None else part[:0] for part in quantized]
+    _check_constants(scale, format)
+    if scheme:
+        scale, location = scheme.quantize(scale), None if location is None else scheme.quantize(location)
     return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size)
 
 
@@ -179,6 +181,8 @@ def dequantize(
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"dequantize takes a QuantizedTensor; got {type(q).__name__}")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}")
     dtype = dtype or (q.dtype if out is None else out.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}")
@@ -224,11 +228,10 @@ def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, block width) over n elements: runs of whole blocks, then the short last block alone.
 
     A run is a sixteenth of the whole, within limits: its float32 helpers, five or so, stay smaller than the tensor.
-    No elements make one empty run, so that even then a format says whether it has locations.
     """
     whole = n - n % block_size
     run = min(max(n // 16 // 4096 * 4096, 2**16), CHUNK)
-    for start in range(0, whole, run) if n else (0,):
+    for start in range(0, whole, run):
         yield start, min(start + run, whole), block_size
     if whole < n:
         yield whole, n, n - whole
@@ -267,8 +270,6 @@ def _check_constants(scale: Tensor, format: Format) -> None:
 
 def _check_out(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
     """Raise unless out can take what q stands for in dtype, in row-major order and without touching q's memory."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}")
     if (out.shape, out.dtype, out.device) != (q.shape, dtype, q.packed.device):
         wanted, got = (
             f"shape {tuple(t[0])}, {t[1]} on {t[2]}"
@@ -279,9 +280,14 @@ def _check_out(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
         raise ValueError(f"out must be contiguous; got strides {out.stride()} for shape {tuple(out.shape)}")
     if out.requires_grad:
         raise ValueError("out must not require a gradient; pass out.detach()")
-    stored = [t for t in (q.packed, q.stored_scale, q.stored_location) if isinstance(t, Tensor)]
-    if any(t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for t in stored if t.numel()):
-        raise ValueError("out must not share memory with q")
+    for stored in (q.packed, q.stored_scale, q.stored_location):
+        if isinstance(stored, Tensor) and _overlap(stored, out):
+            raise ValueError("out must not share memory with q")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors without gaps share a byte."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def _describe_non_finite(x: Tensor) -> str:

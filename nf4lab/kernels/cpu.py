@@ -236,11 +236,13 @@ def quantize_chunks(first, last, x, kind, table, search, normalization, block_si
 
 def quantize_v2(x, kind, table, normalization, block_size, scale, location, packed):
     """As `quantize`, in one thread and by 15 comparisons."""
+    x = read_only(x)
     return quantize_chunks(0, count(x), x, kind, table, False, normalization, block_size, scale, location, packed)
 
 
 def quantize_v3(x, kind, table, normalization, block_size, scale, location, packed):
     """As `quantize`, in one thread."""
+    x = read_only(x)
     return quantize_chunks(0, count(x), x, kind, table, True, normalization, block_size, scale, location, packed)
 
 
@@ -256,10 +258,8 @@ def quantize(x, kind, table, normalization, block_size, scale, location, packed,
     """
     check_lengths(x.size, block_size, scale, location, packed)
     check_writeable(scale, location, packed)
-    finite = in_threads(
-        quantize_chunks, count(x), threads, x, kind, table, True, normalization, block_size, scale, location, packed
-    )
-    return all(finite)
+    arguments = (kind, table, True, normalization, block_size, scale, location, packed)
+    return all(in_threads(quantize_chunks, count(x), threads, read_only(x), *arguments))
 
 
 def codebook_table(boundaries, ascending):
@@ -335,7 +335,8 @@ def dequantize_chunks(first, last, packed, pairs, scale, location, block_size, k
 
 def dequantize_v2(packed, pairs, scale, location, block_size, kind, out):
     """As `dequantize`, in one thread."""
-    return dequantize_chunks(0, count(out), packed, pairs, scale, location, block_size, kind, out)
+    inputs = [read_only(array) for array in (packed, pairs, scale, location)]
+    dequantize_chunks(0, count(out), *inputs, block_size, kind, out)
 
 
 def dequantize(packed, pairs, scale, location, block_size, kind, out, threads=1):
@@ -348,7 +349,8 @@ def dequantize(packed, pairs, scale, location, block_size, kind, out, threads=1)
     """
     check_lengths(out.size, block_size, scale, location, packed)
     check_writeable(out)
-    in_threads(dequantize_chunks, count(out), threads, packed, pairs, scale, location, block_size, kind, out)
+    inputs = [read_only(array) for array in (packed, pairs, scale, location)]
+    in_threads(dequantize_chunks, count(out), threads, *inputs, block_size, kind, out)
 
 
 def level_pairs(levels):
@@ -494,15 +496,19 @@ def count(x):
     return -(-x.size // CHUNK)
 
 
+def read_only(array):
+    """A view that can't be written through: numba then compiles once for inputs that are read-only and that are not."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def check_lengths(n, block_size, scale, location, packed):
     """Raise ValueError unless the arrays have the lengths that n values in blocks of block_size take."""
     n_blocks = -(-n // block_size)
-    if (
-        CHUNK % block_size
-        or packed.size != (n + 1) // 2
-        or scale.size != n_blocks
-        or location.size not in (0, n_blocks)
-    ):
+    if CHUNK % block_size:
+        raise ValueError(f"block_size must divide {CHUNK}; got {block_size}")
+    if packed.size != (n + 1) // 2 or scale.size != n_blocks or location.size not in (0, n_blocks):
         raise ValueError(
             f"{n} values in blocks of {block_size} take {(n + 1) // 2} bytes and {n_blocks} constants; "
             f"got {packed.size}, {scale.size} of scale, {location.size} of location"
