@@ -57,7 +57,7 @@ def quantize_cpu(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor,
     """(packed, scale, location) of flat (n,), as the reference makes them; None if a value is not finite."""
     from nf4lab.kernels import cpu
 
-    flat = flat.contiguous().resolve_neg()
+    flat = flat.resolve_neg()
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = empty((n + 1) // 2, torch.uint8, flat.device)
     normalization = {absmax: cpu.ABSMAX, min_max: cpu.MIN_MAX}.get(format.normalize, cpu.GIVEN)
