@@ -93,7 +93,9 @@ def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     that takes several times as long as writing it.
     """
     tensor = torch.empty(n, dtype=dtype, device=device)
-    if device.type == "cpu" and tensor.nbytes >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or tensor.nbytes < HUGE_PAGES_FROM or torch.compiler.is_compiling():
+        return tensor
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = tensor.data_ptr() + tensor.nbytes - start
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice: may be ignored
@@ -108,7 +110,7 @@ def _libc() -> ctypes.CDLL:
 def _constants(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor | None]:
     """The constants that a kernel does not make, by the format's own function, in chunks."""
     whole = flat.numel() - flat.numel() % block_size
-    chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size))
+    chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size)) if whole else []
     if whole < flat.numel():
         chunks.append(flat[whole:].reshape(1, -1))
     scales, locations = zip(*[format.normalize(chunk.float()) for chunk in chunks], strict=True)
@@ -140,7 +142,7 @@ def _array(tensor: Tensor | None) -> np.ndarray:
     """The tensor's memory as a flat array, 16-bit floats as their bit patterns; None as no constants at all."""
     if tensor is None:
         return np.empty(0, np.float32)
-    flat = tensor.detach().reshape(-1).contiguous()
+    flat = tensor.reshape(-1).contiguous()
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype.itemsize == 2 else flat.numpy()
 
 

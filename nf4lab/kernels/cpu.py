@@ -16,7 +16,7 @@ into one (it would need `fastmath`), and a test reads the machine code to be sur
 
 The threads are our own, over kernels that release Python's lock, rather than numba's `prange`. numba's thread layers
 each have a way to end the process: GNU OpenMP in the child of a fork, workqueue under two calling threads. `prange`
-also takes for granted that its arrays do not overlap, and compiles several times as long.
+also takes for granted that its arrays do not overlap.
 """
 
 import functools
@@ -27,7 +27,7 @@ import numba
 import numpy as np
 
 CHUNK = 4096  # values worked on at once: 16 KiB of float32 stay in the first-level cache; the largest block size
-CHUNKS_A_THREAD = 64  # the least work worth a thread's start: 2**18 values take about as long as ten starts
+CHUNKS_A_THREAD = 64  # the least work worth a thread: 2**18 values take hundreds of microseconds, a start tens
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # kind: what the 32- or 16-bit patterns stand for
 ABSMAX, MIN_MAX, GIVEN = range(3)  # normalization: how constants are made, or that the caller has filled them in
 
@@ -476,7 +476,7 @@ def _narrow(values, kind, out):
 @functools.cache
 def pool():
     """The threads, started when first used; a forked child, which inherits none, starts its own."""
-    return ThreadPoolExecutor(thread_name_prefix="nf4lab")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="nf4lab")
 
 
 if hasattr(os, "register_at_fork"):
