@@ -110,7 +110,7 @@ def quantize_cuda(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor
     boundaries, codes = _cuda_boundaries(format, flat.device)
     try:
         cuda.quantize(flat.contiguous(), boundaries, block_size=block_size, packed=packed, absmax=scale, codes=codes)
-    except cuda.NotFinite:
+    except ValueError:  # its arguments are right: a value is not finite, which the caller describes
         return None
     return packed, scale, None
 

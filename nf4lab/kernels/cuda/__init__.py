@@ -9,6 +9,6 @@ Importing works on any machine and compiles nothing.
 """
 
 from .launch import available
-from .ops import NotFinite, dequantize, gemv, quantize
+from .ops import dequantize, gemv, quantize
 
-__all__ = ["NotFinite", "available", "dequantize", "gemv", "quantize"]
+__all__ = ["available", "dequantize", "gemv", "quantize"]

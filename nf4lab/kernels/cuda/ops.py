@@ -129,7 +129,7 @@ def quantize(x, boundaries, *, block_size, packed, absmax, codes=None, check_fin
     16 ints, or 0..15 in order). A block of zeros gets the code of 0.0, as does the nibble that pads an odd n; where
     1 / absmax overflows, s = x / absmax.
 
-    NaN or infinity raises NotFinite, a ValueError, with their number and the first position; that waits for the GPU.
+    NaN or infinity raises ValueError with their number and the first position; that waits for the GPU.
     check_finite=False does not wait, and is what a CUDA graph can capture. Other errors as `dequantize`.
     """
     n = x.numel()
@@ -161,10 +161,6 @@ def finite_flag():
     if not SIMULATOR and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph cannot wait for check_finite: pass check_finite=False")
     return torch.zeros(1, dtype=torch.int32, pin_memory=not SIMULATOR)
-
-
-class NotFinite(ValueError):
-    """A value that was to be quantized is NaN or infinite."""
 
 
 def refuse_if_set(flag, x):
