@@ -362,10 +362,11 @@ def test_autograd_notices_that_out_was_written(backend):
         y.backward()
 
 
-def test_out_may_be_made_in_inference_mode():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_out_may_be_a_tensor_of_inference_mode(backend):
     with torch.inference_mode():
-        q, out = nf4lab.quantize(gaussian(64)), torch.empty(64)
-        assert same_bytes(q.dequantize(out=out, backend="cpu"), q.dequantize(backend="torch"))
+        q, out = nf4lab.quantize(gaussian(64), backend="torch"), torch.empty(64)
+        assert same_bytes(q.dequantize(out=out, backend=backend), q.dequantize(backend="torch"))
 
 
 def test_an_out_that_does_not_fit_is_refused():
