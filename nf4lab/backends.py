@@ -7,12 +7,14 @@ and does not load numba.
 
 import ctypes
 import functools
+import math
 import mmap
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nf4lab.double_quant import MAPS, QuantizedConstants
 from nf4lab.formats import Format, absmax, min_max
 
 BACKENDS = ("torch", "cpu", "cuda")
@@ -24,14 +26,14 @@ CHUNK = 2**16  # elements whose constants are made at once; a multiple of every 
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int) -> str:
-    """The backend asked for, or for None the fastest that serves n elements of that dtype on that device.
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int, format: Format) -> str:
+    """The backend asked for, or for None the fastest that serves n elements of that dtype and format on that device.
 
-    Raises ValueError for an unknown backend or one that does not take this device or dtype, RuntimeError for one that
-    is not installed.
+    Raises ValueError for an unknown backend or one that does not take this device, dtype or format, RuntimeError for
+    one that cannot run here.
     """
     if backend is None:
-        return _fastest(device, dtype, n)
+        return _fastest(device, dtype, n, format)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'torch', 'cpu' or 'cuda'; got {backend!r}")
     if backend == "torch":
@@ -40,17 +42,29 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
         raise ValueError(f"backend {backend!r} takes tensors on {backend}; got one on {device}")
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"backend {backend!r} takes float32, float16 and bfloat16; got {dtype}")
-    if backend not in QUANTIZE:
-        raise RuntimeError(f"backend {backend!r} has no kernels in this version of nf4lab; use backend='torch'")
+    if backend == "cuda" and not _cuda_takes(format):
+        raise ValueError(f"backend 'cuda' takes formats scaled by a float32 absmax; got {format.name!r}")
+    if backend == "cuda" and (missing := _cuda_missing()):
+        raise RuntimeError(f"backend 'cuda' cannot run: {missing}")
     return backend
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, n: int) -> str:
+def _fastest(device: torch.device, dtype: torch.dtype, n: int, format: Format) -> str:
     if dtype not in KERNEL_DTYPES or torch.compiler.is_compiling():  # torch.compile sees into the reference only
         return "torch"
     if device.type == "cpu" and n >= CPU_FROM:
         return "cpu"
-    return "cuda" if device.type == "cuda" and "cuda" in QUANTIZE else "torch"
+    return "cuda" if device.type == "cuda" and _cuda_takes(format) and not _cuda_missing() else "torch"
+
+
+def _cuda_takes(format: Format) -> bool:
+    return format.normalize is absmax and format.constants_dtype == torch.float32
+
+
+def _cuda_missing() -> str | None:
+    from nf4lab.kernels import cuda
+
+    return cuda.available()
 
 
 def quantize_cpu(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -83,6 +97,53 @@ def dequantize_cpu(q, out: Tensor) -> None:
         _array(q.packed), _dequantize_table(q.format), _array(q.scale), _array(q.location),
         q.block_size, _kind(out.dtype), _array(out), _threads(),
     )  # fmt: skip
+
+
+def quantize_cuda(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, None] | None:
+    """(packed, absmax, None) of flat (n,), as the reference makes them; None if a value is not finite."""
+    from nf4lab.kernels import cuda
+
+    n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    scale = torch.empty(n_blocks, device=flat.device)
+    boundaries, codes = _cuda_boundaries(format, flat.device)
+    try:
+        cuda.quantize(flat.contiguous(), boundaries, block_size=block_size, packed=packed, absmax=scale, codes=codes)
+    except cuda.NotFinite:
+        return None
+    return packed, scale, None
+
+
+def dequantize_cuda(q, out: Tensor) -> None:
+    """What the QuantizedTensor q stands for, into the contiguous tensor out, in one launch."""
+    from nf4lab.kernels import cuda
+
+    levels = _padded(q.format.levels, 16, 0.0).to(out.device)
+    cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
+
+
+def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
+    """Constants as the kernel takes them: decoded on the way where they are 8-bit, centred, in groups of 2**k."""
+    if not isinstance(stored, QuantizedConstants):
+        return stored
+    scheme = stored.double_quant
+    map = MAPS[scheme.map]
+    if map.code_bits != 8 or stored.offset is None or scheme.group_size & (scheme.group_size - 1):
+        return stored.dequantize()
+    code_map = _padded(map.levels, 256, 0.0).to(stored.codes.device)
+    return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_boundaries(format: Format, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    """15 boundaries on the device, those that a shorter codebook lacks at infinity, and the 16 codes in their order."""
+    used = format.ascending.tolist()
+    unused = [code for code in range(16) if code not in used]
+    return _padded(format.boundaries, 15, math.inf).to(device), (*used, *unused)
+
+
+def _padded(values: Tensor, n: int, filler: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, n - values.numel()), value=filler)
 
 
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -152,5 +213,5 @@ def _threads() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-QUANTIZE = {"cpu": quantize_cpu}
-DEQUANTIZE = {"cpu": dequantize_cpu}
+QUANTIZE = {"cpu": quantize_cpu, "cuda": quantize_cuda}
+DEQUANTIZE = {"cpu": dequantize_cpu, "cuda": dequantize_cuda}

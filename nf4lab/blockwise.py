@@ -156,7 +156,7 @@ def quantize(
     _check_arguments(x, format, block_size)
     flat = x.detach().reshape(-1)
     n = flat.numel()
-    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n)]
+    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))
@@ -191,7 +191,7 @@ def dequantize(
     else:
         _check_out(out, q, dtype)
         target = out
-    DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel)](q, target)
+    DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)](q, target)
     return target
 
 

@@ -27,7 +27,8 @@ FAULTS = r"""() => ({
   "broken images": [...document.querySelectorAll("main img")].filter(i => i.complete && !i.naturalWidth).length,
   "distorted images": [...document.querySelectorAll("main img")].filter(i => i.naturalWidth && i.height &&
       Math.abs(i.width / i.height / (i.naturalWidth / i.naturalHeight) - 1) > 0.02).length,
-  "formulas left as text": [...document.querySelectorAll("main .math")].filter(m => !m.querySelector("mjx-container")).length,
+  "formulas left as text":
+      [...document.querySelectorAll("main .math")].filter(m => !m.querySelector("mjx-container")).length,
   "directives left as text": /(^|\n)\s*(```\{|:::)/.test(document.querySelector("main").innerText),
   "cells with errors": document.querySelectorAll("main .stderr, main .traceback").length,
 })"""

@@ -1,5 +1,7 @@
 """Each derived codebook against the published table that it must equal."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -103,7 +105,7 @@ def test_lloyd_max_of_a_uniform_density_is_a_uniform_grid():
 def test_each_lloyd_max_level_is_the_mean_of_its_cell(density):
     levels = codebooks.lloyd_max(density, 8).double().numpy()
     edges = [-np.inf, *(levels[1:] + levels[:-1]) / 2, np.inf]
-    means = [density.expect(lb=a, ub=b, conditional=True) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    means = [density.expect(lb=a, ub=b, conditional=True) for a, b in itertools.pairwise(edges)]
     np.testing.assert_allclose(levels, means, atol=1e-5 * density.std())
 
 

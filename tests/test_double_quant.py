@@ -91,9 +91,9 @@ def test_true_is_the_scheme_of_bitsandbytes_and_a_name_is_a_map():
 
 
 def test_an_unknown_map_or_group_size_or_type_is_refused():
-    with pytest.raises(ValueError, match="unknown map 'fp8'.*known are dynamic8, linear8, linear4"):
+    with pytest.raises(ValueError, match=r"unknown map 'fp8'.*known are dynamic8, linear8, linear4"):
         nf4lab.quantize(torch.zeros(4), double_quant="fp8")
     with pytest.raises(ValueError, match="group_size must be a positive integer; got 0"):
         nf4lab.DoubleQuant(group_size=0)
-    with pytest.raises(TypeError, match="double_quant must be a bool, a map's name or .*; got int"):
+    with pytest.raises(TypeError, match=r"double_quant must be a bool, a map's name or .*; got int"):
         nf4lab.quantize(torch.zeros(4), double_quant=8)

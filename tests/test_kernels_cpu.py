@@ -294,7 +294,7 @@ def test_a_backend_that_cannot_serve_says_why():
     with pytest.raises(ValueError, match="backend 'cuda' takes tensors on cuda; got one on cpu"):
         nf4lab.quantize(x, backend="cuda")
     with pytest.raises(ValueError, match="backend 'cpu' takes tensors on cpu; got one on meta"):
-        backends.choose("cpu", torch.device("meta"), x.dtype, 64)
+        backends.choose("cpu", torch.device("meta"), x.dtype, 64, nf4lab.FORMATS["nf4"])
     with pytest.raises(ValueError, match=r"takes float32, float16 and bfloat16; got torch\.float64"):
         nf4lab.quantize(x.double(), backend="cpu")
     with pytest.raises(ValueError, match=r"takes float32, float16 and bfloat16; got torch\.float64"):
@@ -330,9 +330,9 @@ def test_arrays_may_be_read_only_where_they_are_only_read():
 @pytest.mark.parametrize(("n", "expected"), [(backends.CPU_FROM - 1, "torch"), (backends.CPU_FROM, "cpu")])
 def test_the_kernels_take_over_at_the_size_that_backends_names(n, expected):
     for dtype in DTYPES:
-        assert backends.choose(None, torch.device("cpu"), dtype, n) == expected
-    assert backends.choose(None, torch.device("cpu"), torch.float64, n) == "torch"
-    assert backends.choose(None, torch.device("meta"), torch.float32, n) == "torch"
+        assert backends.choose(None, torch.device("cpu"), dtype, n, nf4lab.FORMATS["nf4"]) == expected
+    assert backends.choose(None, torch.device("cpu"), torch.float64, n, nf4lab.FORMATS["nf4"]) == "torch"
+    assert backends.choose(None, torch.device("meta"), torch.float32, n, nf4lab.FORMATS["nf4"]) == "torch"
 
 
 def test_torch_compile_sees_the_reference():

@@ -83,7 +83,7 @@ def test_a_notebook_runs_from_an_empty_folder_on_colab(colab, tmp_path):
     setup = next(cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", []))
     address = f"git+{make_notebooks.repository_url()}@v{make_notebooks.nf4lab.__version__}"
     assert address in setup.source
-    setup.source = setup.source.replace(address, f"git+{ROOT.as_uri()}")
+    setup.source = setup.source.replace(address, f"git+file://localhost{ROOT}")
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     run = (
         "import nbformat, nbclient; notebook = nbformat.read('notebook.ipynb', 4);"

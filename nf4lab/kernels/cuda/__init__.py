@@ -1,0 +1,14 @@
+"""4-bit kernels for NVIDIA GPUs, written in Python with numba.cuda. They take tensors and know no formats.
+
+    dequantize   codes and absmax to float32, float16 or bfloat16, double-quantized constants in the same launch
+    quantize     values to codes and absmax, in one pass
+    gemv         a few rows of activations times a packed weight, which is never written out
+    available    None, or in one sentence why they cannot run here
+
+Importing works on any machine and compiles nothing.
+"""
+
+from .launch import available
+from .ops import NotFinite, dequantize, gemv, quantize
+
+__all__ = ["NotFinite", "available", "dequantize", "gemv", "quantize"]

@@ -1,0 +1,333 @@
+"""y = x W^T + bias for 1 to 16 rows of x and a packed 4-bit weight W (n, k), float32 accumulation.
+
+v1  a warp a row of W, one code at a time: the kernel that teaches; takes every shape and block size
+v2  the levels in shared memory, 16 bytes of codes a load, each block's absmax applied to a sum instead of to values
+v3  tensor cores: two codes become two float16 by ONE table lookup, 16 rows of W at once, the next codes under way
+    while these are multiplied; takes up to 16 rows of x in one pass over W: the one in use
+
+All take (x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y, rows, n, k, block_shift,
+group_shift, nested, has_bias). With `nested`, a block's absmax is code_map[code] * group_absmax + offset.
+"""
+
+from numba import config, cuda, float32, int64, uint32
+
+from .dequantize_kernels import decode
+from .intrinsics import (
+    bits_float,
+    float_bits,
+    has_float16_range,
+    load,
+    load8,
+    load16,
+    max_across,
+    max_magnitude,
+    multiply_16x16x8,
+    pack_half,
+    pair_at,
+    store,
+    sum_across,
+    widen8,
+)
+
+EVERY_LANE = 0xFFFFFFFF
+ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
+WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
+MAX_REGISTERS = 65536 // (32 * WARPS)  # v3: what a thread may have when a block of 16 warps is to fit
+STEP = 256  # v3: columns that a warp takes at a time
+
+
+@cuda.jit(device=True, inline="always")
+def absmax_of(block, absmax, codes, group_absmax, offset, code_map, group_shift, nested):
+    if nested:
+        return decode(block, codes, group_absmax, offset, code_map, group_shift)
+    return absmax[block]
+
+
+@cuda.jit(device=True, inline="always")
+def finish(y, bias, has_bias, index, column, total):
+    store(y, index, total + load(bias, column) if has_bias else total)
+
+
+@cuda.jit
+def v1(
+    x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
+    rows, n, k, block_shift, group_shift, nested, has_bias,
+):  # fmt: skip
+    lane = cuda.threadIdx.x & 31
+    task = int64(cuda.blockIdx.x) * ROWS_OF_W + (cuda.threadIdx.x >> 5)  # one (row of x, row of W)
+    column = task % n
+    row = task // n
+    total = float32(0)
+    if row < rows:
+        for j in range(lane, k, 32):
+            element = column * k + j
+            byte = uint32(packed[element >> 1])
+            code = byte & uint32(15) if element & 1 else byte >> uint32(4)
+            scale = absmax_of(
+                element >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
+            total += levels[code] * scale * load(x, row * k + j)
+    total = sum_across(total, 32)
+    if lane == 0 and row < rows:
+        finish(y, bias, has_bias, row * n + column, column, total)
+
+
+@cuda.jit
+def v2(
+    x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
+    rows, n, k, block_shift, group_shift, nested, has_bias,
+):  # fmt: skip
+    table = cuda.shared.array(16, float32)
+    words = cuda.local.array(4, uint32)
+    raw = cuda.local.array(8, uint32)
+    values = cuda.local.array(8, float32)
+    if cuda.threadIdx.x < 16:
+        table[cuda.threadIdx.x] = levels[cuda.threadIdx.x]
+    cuda.syncthreads()
+    lane = cuda.threadIdx.x & 31
+    task = int64(cuda.blockIdx.x) * ROWS_OF_W + (cuda.threadIdx.x >> 5)
+    column = task % n
+    row = task // n
+    total = float32(0)
+    if row < rows:
+        for j in range(lane, k >> 5, 32):  # 32 columns, 16 bytes: within one block, which has at least 32 values
+            first = column * k + 32 * j
+            load16(packed, first >> 5, words, 0)
+            scale = absmax_of(first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
+            part = float32(0)
+            for w in range(4):
+                load8(x, ((row * k) >> 3) + 4 * j + w, raw)
+                widen8(x, raw, values)
+                for b in range(4):
+                    byte = uint32(words[w] >> uint32(8 * b))
+                    part += table[(byte >> uint32(4)) & uint32(15)] * values[2 * b]
+                    part += table[byte & uint32(15)] * values[2 * b + 1]
+            total += part * scale
+    total = sum_across(total, 32)
+    if lane == 0 and row < rows:
+        finish(y, bias, has_bias, row * n + column, column, total)
+
+
+# v3. Shared memory, in words of 4 bytes: the table of pairs, zeros, x as float16, the warps' partial sums (twice).
+PAIRS = 0  # 256 bytes x 32 lanes: every lane has its own copy, so no lookup waits for another
+ZEROS = PAIRS + 256 * 32
+X = ZEROS + 128
+MIXED = 2 * WARPS  # words behind x where the warps compare their greatest |x|, before there are sums
+
+
+def shared_words(rows, k):
+    return X + rows * k // 2 + 2 * WARPS * rows * 16
+
+
+@cuda.jit(device=True, inline="always")
+def fill_pairs(shared, levels, lane, warp):
+    """shared[32 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half."""
+    for low in range(16):
+        shared[PAIRS + (16 * warp + low) * 32 + lane] = pack_half(levels[warp], levels[low])
+
+
+@cuda.jit(device=True, inline="always")
+def greatest_x(x, vectors, shared, end):
+    """Bits of max |x|, the same in every thread."""
+    raw = cuda.local.array(8, uint32)
+    values = cuda.local.array(8, float32)
+    bits = uint32(0)
+    for v in range(cuda.threadIdx.x, vectors, WARPS * 32):
+        load8(x, v, raw)
+        widen8(x, raw, values)
+        for e in range(8):
+            bits = max_magnitude(bits, values[e])
+    shared[end + (cuda.threadIdx.x >> 5)] = max_across(bits, 32)
+    cuda.syncthreads()
+    return max_across(shared[end + (cuda.threadIdx.x & (WARPS - 1))], WARPS)
+
+
+@cuda.jit(device=True, inline="always")
+def stage_x(x, vectors, scale, raw, shared):
+    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
+
+    `raw` holds this thread's first vector, loaded earlier.
+    """
+    values = cuda.local.array(8, float32)
+    v = int64(cuda.threadIdx.x)
+    while v < vectors:
+        widen8(x, raw, values)
+        place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
+        for e in range(4):
+            shared[place + e] = pack_half(values[2 * e] * scale, values[2 * e + 1] * scale)
+        v += WARPS * 32
+        if v < vectors:
+            load8(x, v, raw)
+
+
+@cuda.jit(device=True, inline="always")
+def fetch(packed, row, k, chunk, t, words):
+    """Set under way: this lane's 16 bytes of both 128-column pieces of a step, in rows `row` and `row + 8`."""
+    first = (row * k + chunk * STEP) >> 5
+    load16(packed, first + t, words, 0)
+    load16(packed, first + ((8 * k) >> 5) + t, words, 4)
+    load16(packed, first + 4 + t, words, 8)
+    load16(packed, first + 4 + ((8 * k) >> 5) + t, words, 12)
+
+
+@cuda.jit(device=True, inline="always")
+def pair(shared, word, b, lane_bytes):
+    """The two float16 of byte b of `word`: the byte times 128, the distance of two entries in a lane's table."""
+    spread = uint32(word << uint32(7)) if b == 0 else uint32(word >> uint32(8 * b - 7))
+    return pair_at(shared, spread, lane_bytes)
+
+
+def tensor_core_kernel(fragments):
+    """v3 for up to 4 * fragments rows of x.
+
+    One tensor core step multiplies A (16 rows of W, 16 columns) by B (16 columns, 8). Lane (g, t) of a warp, g = lane
+    / 4 and t = lane % 4, holds rows g and g + 8 of A and column g of B. It gives A 32 codes of its rows, columns
+    32t.. of a piece of 128; any order of columns will do as long as x follows it. Lanes t = 0, 1 hold the piece's
+    first 64 columns, t = 2, 3 the last 64: column 2m of B is x's row m there and 0 elsewhere, column 2m + 1 the
+    opposite. So each 64 columns, which share an absmax, come out as a sum of their own, in lane t = m.
+    """
+    four = 4 * fragments
+    chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
+    all_sums = four * chains
+
+    @cuda.jit
+    def v3(
+        x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
+        rows, n, k, block_shift, group_shift, nested, has_bias,
+    ):  # fmt: skip
+        shared = cuda.shared.array(0, uint32)
+        words = cuda.local.array(16, uint32)
+        ahead = cuda.local.array(16, uint32)
+        a = cuda.local.array(8, uint32)
+        b = cuda.local.array(4, uint32)
+        raw = cuda.local.array(8, uint32)
+        sums = cuda.local.array(all_sums, float32)
+        low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
+        high = cuda.local.array(fragments, float32)  # row g + 8
+        thread = uint32(cuda.threadIdx.x)
+        lane_bytes = uint32((thread & uint32(31)) * uint32(4))
+        lane, warp = thread & uint32(31), int64(thread >> uint32(5))
+        g, t = int64(lane >> uint32(2)), int64(lane & uint32(3))
+        chunks, tiles = k // STEP, n >> 4
+        steps = (chunks + WARPS - 1) // WARPS
+        tile = int64(cuda.blockIdx.x)
+        chunk = warp
+        scale_low = scale_high = next_low = next_high = float32(0)
+        if chunk < chunks:
+            fetch(packed, 16 * tile + g, k, chunk, t, words)
+            block = (16 * tile + g) * k + chunk * STEP + 64 * t
+            scale_low = absmax_of(
+                block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
+            scale_high = absmax_of(
+                (block + 8 * k) >> block_shift,
+                absmax,
+                codes,
+                group_absmax,
+                offset,
+                code_map,
+                group_shift,
+                nested,
+            )
+
+        vectors = (rows * k) >> 3
+        if int64(thread) < vectors:
+            load8(x, int64(thread), raw)
+        fill_pairs(shared, levels, int64(lane), warp)
+        if thread < uint32(128):
+            shared[ZEROS + thread] = uint32(0)
+        end = X + ((rows * k) >> 1)
+        scale = inverse = float32(1)
+        if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
+            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
+            scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
+            inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
+        stage_x(x, vectors, scale, raw, shared)
+        cuda.syncthreads()
+
+        for f in range(fragments):
+            low[f] = high[f] = float32(0)
+        step = int64(0)
+        buffer = int64(0)
+        turn = thread  # which warp adds up moves on with every tile: none falls behind
+        while tile < tiles:
+            next_step, next_tile = step + 1, tile
+            if next_step == steps:
+                next_step, next_tile = int64(0), tile + cuda.gridDim.x
+            next_chunk = warp + WARPS * next_step
+            if next_tile < tiles and next_chunk < chunks:
+                fetch(packed, 16 * next_tile + g, k, next_chunk, t, ahead)
+                block = (16 * next_tile + g) * k + next_chunk * STEP + 64 * t
+                next_low = absmax_of(
+                    block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                )
+                next_high = absmax_of(
+                    (block + 8 * k) >> block_shift,
+                    absmax,
+                    codes,
+                    group_absmax,
+                    offset,
+                    code_map,
+                    group_shift,
+                    nested,
+                )
+            chunk = warp + WARPS * step
+            if chunk < chunks:
+                for piece in range(2):
+                    for f in range(all_sums):
+                        sums[f] = float32(0)
+                    for j in range(4):
+                        for h in range(2):
+                            a[4 * h] = pair(shared, words[8 * piece + j], 2 * h, lane_bytes)
+                            a[4 * h + 1] = pair(shared, words[8 * piece + 4 + j], 2 * h, lane_bytes)
+                            a[4 * h + 2] = pair(shared, words[8 * piece + j], 2 * h + 1, lane_bytes)
+                            a[4 * h + 3] = pair(shared, words[8 * piece + 4 + j], 2 * h + 1, lane_bytes)
+                        for f in range(fragments):
+                            m = 4 * f + (g >> 1)
+                            mine = (t >> 1) == (g & 1) and m < rows
+                            start = X + ((m * k + chunk * STEP) >> 1) if mine else ZEROS
+                            load16(shared, (start >> 2) + 16 * piece + 4 * j + t, b, 0)
+                            for h in range(2):
+                                chain = four * (h % chains) + 4 * f
+                                multiply_16x16x8(
+                                    sums, chain, a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3],
+                                    b[2 * h], b[2 * h + 1],
+                                )  # fmt: skip
+                    quad = int64(lane & uint32(28)) + 2 * piece  # the lane that holds these 64 columns' absmax
+                    low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
+                    low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
+                    high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
+                    high_1 = cuda.shfl_sync(EVERY_LANE, scale_high, quad + 1)
+                    for c in range(four, all_sums):
+                        sums[c - four] += sums[c]
+                    for f in range(fragments):
+                        low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
+                        high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1
+            for e in range(16):
+                words[e] = ahead[e]
+            scale_low, scale_high = next_low, next_high
+            if next_step == 0:  # the tile is done: the 16 warps add up
+                for f in range(fragments):
+                    m = 4 * f + t
+                    if m < rows:
+                        place = end + ((buffer * WARPS + warp) * rows + m) * 16 + g
+                        shared[place] = float_bits(low[f])
+                        shared[place + 8] = float_bits(high[f])
+                    low[f] = high[f] = float32(0)
+                cuda.syncthreads()
+                if turn < uint32(16 * rows):
+                    total = float32(0)
+                    for w in range(WARPS):
+                        total += bits_float(shared[end + (buffer * WARPS + w) * rows * 16 + int64(turn)])
+                    column = 16 * tile + int64(turn & uint32(15))
+                    finish(y, bias, has_bias, int64(turn >> uint32(4)) * n + column, column, total * inverse)
+                if fragments < 4:  # with 16 rows half of the warps add up anyway, and registers are scarce
+                    turn = uint32((turn + uint32(32)) & uint32(32 * WARPS - 1))
+                buffer = 1 - buffer
+            step, tile = next_step, next_tile
+
+    return v3
+
+
+TENSOR_CORES = {fragments: tensor_core_kernel(fragments) for fragments in (1, 2, 4)}
+VERSIONS = {"v1": v1, "v2": v2, "v3": TENSOR_CORES[1]}

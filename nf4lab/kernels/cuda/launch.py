@@ -1,0 +1,157 @@
+"""From a kernel and its tensors to the GPU: compile once, then launch on torch's current stream in 1-2 us.
+
+numba's own launch takes 34 us and more, most of it to look at the arguments; here they are plain addresses.
+In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the kernel on CPU tensors.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+
+import torch
+
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+
+from numba import config, cuda, types
+
+SIMULATOR = bool(config.ENABLE_CUDASIM)
+TYPES = {
+    torch.uint8: types.uint8,
+    torch.int32: types.int32,
+    torch.float32: types.float32,
+    torch.float16: types.float16,
+    torch.bfloat16: types.uint16,  # its bits: numba has no bfloat16 that works everywhere
+}
+
+
+@functools.cache
+def available():
+    """None where the kernels can run, else one sentence: what is missing and what to do about it."""
+    if SIMULATOR:
+        return None
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda else " (this torch was built without CUDA: install a CUDA build)"
+        return f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
+    try:
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError:
+        return "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+    if not cuda.is_available():
+        return "numba.cuda finds no usable driver or NVVM: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
+    return None
+
+
+def refuse(*args):
+    """What the ops do with CPU tensors: RuntimeError, in one sentence."""
+    reason = available() or "the tensors are on the CPU: move them to the GPU, or call the CPU kernels"
+    raise RuntimeError(f"CUDA kernels cannot run: {reason}")
+
+
+def signature(args):
+    """numba types of a kernel's arguments: a pointer for each tensor, int64 for each number.
+
+    None stands for an int32 flag that the kernel is told not to touch: a null pointer.
+    """
+    kinds = [torch.int32 if a is None else getattr(a, "dtype", None) for a in args]
+    return tuple(types.int64 if kind is None else types.CPointer(TYPES[kind]) for kind in kinds)
+
+
+class Loaded:
+    """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
+
+    def __init__(self, kernel, args, device, max_registers):
+        from cuda.bindings import driver
+
+        self.driver, self.device = driver, device
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
+            self.context = check(driver.cuCtxGetCurrent(), driver)
+            fresh = cuda.jit(
+                kernel.py_func, max_registers=max_registers
+            )  # one compilation a device: GPUs may differ in one machine
+            fresh.compile(signature(args))
+            self.library = next(iter(fresh.overloads.values()))._codelibrary
+            self.function = self.function_of(self.library.get_cufunc().handle)
+        self.ctypes = tuple(ctypes.c_int64 if type(a) is int else ctypes.c_void_p for a in args)
+
+    def function_of(self, handle):
+        """The CUfunction: numba-cuda hands out a CUkernel on some versions, which the driver converts."""
+        driver = self.driver
+        if isinstance(handle, driver.CUkernel):
+            return check(driver.cuKernelGetFunction(handle), driver)
+        return driver.CUfunction(int(handle))
+
+    def allow_all_shared_memory(self):
+        """A kernel gets more than 48 KB of shared memory only after asking."""
+        attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        check(self.driver.cuFuncSetAttribute(self.function, attribute, limit), self.driver)
+
+    def __call__(self, grid, threads, shared_bytes, args):
+        values = tuple([a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        error = self.start(grid, threads, shared_bytes, stream, values)
+        if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first use of CUDA
+            check(self.driver.cuCtxSetCurrent(self.context), self.driver)
+            error = self.start(grid, threads, shared_bytes, stream, values)
+        if error:
+            check((error,), self.driver)
+
+    def start(self, grid, threads, shared_bytes, stream, values):
+        return self.driver.cuLaunchKernel(
+            self.function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, (values, self.ctypes), 0
+        )[0]
+
+
+def check(result, driver):
+    """The value of a driver call, or RuntimeError with the driver's own name for what went wrong."""
+    error, *values = result
+    if error:
+        raise RuntimeError(f"CUDA driver: {driver.cuGetErrorString(error)[1].decode()}")
+    return values[0] if values else None
+
+
+_loaded = {}
+_compiling = threading.Lock()
+
+
+def load(kernel, args, device, key, shared_bytes, max_registers):
+    """Compile and load a kernel that this device has not seen with these types."""
+    with _compiling:
+        if key not in _loaded:
+            loaded = Loaded(kernel, args, device, max_registers)
+            if shared_bytes:
+                loaded.allow_all_shared_memory()
+            _loaded[key] = loaded
+    return _loaded[key]
+
+
+def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=None):
+    """Run `kernel` on args (tensors of one GPU, ints, or None for no flag) on torch's current stream.
+
+    dtype is that of the arguments which may vary from call to call. The first call with a new one compiles (seconds),
+    so make it before capturing a CUDA graph. Nothing is checked here.
+    """
+    if SIMULATOR:
+        simulate(kernel, grid, threads, args, shared_bytes)
+        return
+    device = args[0].get_device()
+    key = (kernel, device, dtype)
+    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
+    if torch._C._cuda_getDevice() == device:
+        loaded(grid, threads, shared_bytes, args)
+        return
+    with torch.cuda.device(device):
+        loaded(grid, threads, shared_bytes, args)
+
+
+def simulate(kernel, grid, threads, args, shared_bytes):
+    """The same launch in numba's simulator: arrays that share the tensors' memory."""
+    arrays = [a if type(a) is int else as_array(torch.zeros(1) if a is None else a) for a in args]
+    kernel[grid, threads, 0, shared_bytes](*arrays)
+
+
+def as_array(tensor):
+    flat = tensor.detach().reshape(-1)
+    return (flat.view(torch.uint16) if tensor.dtype == torch.bfloat16 else flat).numpy()

@@ -1,0 +1,388 @@
+"""The intrinsics as LLVM instructions and inline PTX (`intrinsics.py` says what each does).
+
+numba reads and writes at most 8 bytes at a time by itself; a vector load or store of LLVM becomes ONE 16-byte access
+(`ld.global.v4.u32`). PTX is needed only where LLVM has no word for it: packed conversions and lane exchange.
+"""
+
+from llvmlite import ir
+from numba import cuda, int32, types, uint32
+from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.extending import intrinsic
+
+__all__ = [
+    "bits_float",
+    "float_bits",
+    "fused",
+    "has_float16_range",
+    "in_16_bytes",
+    "load",
+    "load8",
+    "load16",
+    "load_codes",
+    "max_across",
+    "max_magnitude",
+    "max_magnitude8",
+    "multiply",
+    "multiply_16x16x8",
+    "pack_half",
+    "pair_at",
+    "quotient",
+    "reciprocal",
+    "store",
+    "store4",
+    "store16",
+    "sum_across",
+    "widen8",
+]
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+V4 = ir.VectorType(I32, 4)
+LETTER = {I16: "h", I32: "r", I64: "l", F32: "f"}  # PTX's register classes
+
+
+def compute_capability():
+    """(major, minor) of the GPU that is being compiled for."""
+    return ConfigStack().top().compute_capability
+
+
+def inline_ptx(builder, text, result, args, *, effect=False):
+    """Emit `text`; $0 is the result, $1… the arguments. `effect`: it must neither move nor vanish."""
+    constraints = [f"={LETTER[result]}"] + [LETTER[a.type] for a in args]
+    function = ir.FunctionType(result, [a.type for a in args])
+    call = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effect), args)
+    if effect:
+        call.attributes.add("convergent")
+    return call
+
+
+def pointer_to(context, builder, kind, array, element):
+    """Address of an argument (pointer or array) as a pointer to `element`."""
+    data = array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(data, element.as_pointer(data.type.addrspace))
+
+
+def at(context, builder, kind, array, index_kind, index, element):
+    """Address of the `index`-th `element` behind an argument."""
+    offset = context.cast(builder, index, index_kind, types.int64)
+    return builder.gep(pointer_to(context, builder, kind, array, element), [offset])
+
+
+def float_from(builder, kind, raw):
+    """One loaded element as float32: itself, float16 extended, bfloat16 (uint16) shifted into the upper half."""
+    if kind == types.float32:
+        return builder.bitcast(raw, F32)
+    if kind == types.float16:
+        return builder.fpext(builder.bitcast(raw, F16), F32)
+    return builder.bitcast(builder.shl(builder.zext(raw, I32), ir.Constant(I32, 16)), F32)
+
+
+def half_bits(builder, kind, value):
+    """16 bits of a float32 rounded to nearest even, as float16 or bfloat16."""
+    if kind == types.float16:
+        return builder.bitcast(builder.fptrunc(value, F16), I16)
+    if compute_capability() >= (8, 0):
+        return inline_ptx(builder, "cvt.rn.bf16.f32 $0, $1;", I16, [value])
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(I32, 0x7FFF0000), rounded)
+    return builder.trunc(builder.lshr(bits, ir.Constant(I32, 16)), I16)
+
+
+def half_pair(builder, kind, low, high):
+    """Two float32 rounded into one uint32, `low` in the lower half: one instruction from sm_80 on."""
+    if compute_capability() >= (8, 0):
+        name = "f16x2" if kind == types.float16 else "bf16x2"
+        return inline_ptx(builder, f"cvt.rn.{name}.f32 $0, $1, $2;", I32, [high, low])
+    low, high = (builder.zext(half_bits(builder, kind, v), I32) for v in (low, high))
+    return builder.or_(low, builder.shl(high, ir.Constant(I32, 16)))
+
+
+def vector_load(builder, address):
+    """The four uint32 of one 16-byte load."""
+    vector = builder.load(address, align=16)
+    return [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(4)]
+
+
+def vector_store(builder, address, words):
+    """Four uint32 by one 16-byte store."""
+    vector = ir.Constant(V4, ir.Undefined)
+    for k, word in enumerate(words):
+        vector = builder.insert_element(vector, word, ir.Constant(I32, k))
+    builder.store(vector, address, align=16)
+
+
+@intrinsic
+def float_bits(typing, x):
+    def emit(context, builder, signature, args):
+        return builder.bitcast(args[0], I32)
+
+    return types.uint32(types.float32), emit
+
+
+@intrinsic
+def bits_float(typing, bits):
+    def emit(context, builder, signature, args):
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.uint32), emit
+
+
+@intrinsic
+def multiply(typing, a, b):
+    def emit(context, builder, signature, args):
+        return inline_ptx(builder, "mul.rn.f32 $0, $1, $2;", F32, args)
+
+    return types.float32(types.float32, types.float32), emit
+
+
+@intrinsic
+def quotient(typing, a, b):
+    def emit(context, builder, signature, args):
+        return inline_ptx(builder, "div.rn.f32 $0, $1, $2;", F32, args)
+
+    return types.float32(types.float32, types.float32), emit
+
+
+@intrinsic
+def fused(typing, a, b, c):
+    def emit(context, builder, signature, args):
+        return inline_ptx(builder, "fma.rn.f32 $0, $1, $2, $3;", F32, args)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@intrinsic
+def reciprocal(typing, x):
+    def emit(context, builder, signature, args):
+        return inline_ptx(builder, "rcp.rn.f32 $0, $1;", F32, args)
+
+    return types.float32(types.float32), emit
+
+
+@intrinsic
+def load(typing, x, i):
+    def emit(context, builder, signature, args):
+        element = F32 if x.dtype == types.float32 else I16
+        raw = builder.load(at(context, builder, x, args[0], i, args[1], element))
+        return float_from(builder, x.dtype, raw)
+
+    return types.float32(x, i), emit
+
+
+@intrinsic
+def store4(typing, data, i, word):
+    def emit(context, builder, signature, args):
+        value = context.cast(builder, args[2], word, types.uint32)
+        builder.store(value, at(context, builder, data, args[0], i, args[1], I32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(data, i, word), emit
+
+
+@intrinsic
+def load8(typing, x, i, raw):
+    def emit(context, builder, signature, args):
+        wide = 8 // per_store(x.dtype)  # 16-byte words in eight elements
+        first = builder.mul(context.cast(builder, args[1], i, types.int64), ir.Constant(I64, wide))
+        base = builder.gep(pointer_to(context, builder, x, args[0], V4), [first])
+        target = pointer_to(context, builder, raw, args[2], I32)
+        for k in range(wide):
+            for j, word in enumerate(vector_load(builder, builder.gep(base, [ir.Constant(I64, k)]))):
+                builder.store(word, builder.gep(target, [ir.Constant(I64, 4 * k + j)]))
+        return context.get_dummy_value()
+
+    return types.void(x, i, raw), emit
+
+
+@intrinsic
+def widen8(typing, x, raw, values):
+    def emit(context, builder, signature, args):
+        source = pointer_to(context, builder, raw, args[1], I32)
+        target = pointer_to(context, builder, values, args[2], F32)
+        per_word = 8 // (8 // per_store(x.dtype) * 4)
+        for k in range(8):
+            word = builder.load(builder.gep(source, [ir.Constant(I64, k // per_word)]))
+            if per_word == 2:
+                word = builder.trunc(builder.lshr(word, ir.Constant(I32, 16 * (k % 2))), I16)
+            builder.store(float_from(builder, x.dtype, word), builder.gep(target, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(x, raw, values), emit
+
+
+@intrinsic
+def store(typing, out, i, value):
+    def emit(context, builder, signature, args):
+        number = context.cast(builder, args[2], value, types.float32)
+        wide = out.dtype == types.float32
+        bits = builder.bitcast(number, I32) if wide else half_bits(builder, out.dtype, number)
+        builder.store(bits, at(context, builder, out, args[0], i, args[1], I32 if wide else I16))
+        return context.get_dummy_value()
+
+    return types.void(out, i, value), emit
+
+
+def per_store(kind):
+    """Elements of `kind` in 16 bytes."""
+    return 4 if kind == types.float32 else 8
+
+
+@intrinsic
+def in_16_bytes(typing, out):
+    def emit(context, builder, signature, args):
+        return ir.Constant(I64, per_store(out.dtype))
+
+    return types.int64(out), emit
+
+
+@intrinsic
+def load_codes(typing, packed, i, out):
+    def emit(context, builder, signature, args):
+        element = ir.IntType(4 * per_store(out.dtype))  # 4 bits a code
+        raw = builder.load(at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8)
+        return raw if element == I32 else builder.zext(raw, I32)
+
+    return types.uint32(packed, i, out), emit
+
+
+@intrinsic
+def store16(typing, out, i, values):
+    def emit(context, builder, signature, args):
+        source = pointer_to(context, builder, values, args[2], F32)
+        v = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(per_store(out.dtype))]
+        if out.dtype == types.float32:
+            words = [builder.bitcast(value, I32) for value in v]
+        else:
+            words = [half_pair(builder, out.dtype, v[k], v[k + 1]) for k in range(0, 8, 2)]
+        vector_store(builder, at(context, builder, out, args[0], i, args[1], V4), words)
+        return context.get_dummy_value()
+
+    return types.void(out, i, values), emit
+
+
+@intrinsic
+def max_magnitude(typing, bits, value):
+    def emit(context, builder, signature, args):
+        if compute_capability() >= (8, 0):
+            text = "{ .reg .f32 a, m; mov.b32 m, $1; abs.f32 a, $2; max.NaN.f32 m, m, a; mov.b32 $0, m; }"
+            return inline_ptx(builder, text, I32, args)
+        other = builder.and_(builder.bitcast(args[1], I32), ir.Constant(I32, 0x7FFFFFFF))
+        return builder.select(builder.icmp_unsigned(">", other, args[0]), other, args[0])
+
+    return types.uint32(types.uint32, types.float32), emit
+
+
+@intrinsic
+def max_magnitude8(typing, x, raw):
+    def emit(context, builder, signature, args):
+        source = pointer_to(context, builder, raw, args[1], I32)
+        count = 8 // (8 // per_store(x.dtype) * 4)  # elements in a word: 1 or 2
+        words = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(8 // count)]
+        mask = ir.Constant(I32, 0x7FFFFFFF if count == 1 else 0x7FFF7FFF)
+        words = [builder.and_(word, mask) for word in words]
+        if count == 1:
+            return greatest_of(builder, words)
+        if compute_capability() >= (8, 0):
+            name = "f16x2" if x.dtype == types.float16 else "bf16x2"
+            packed = words[0]
+            for word in words[1:]:
+                packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
+            words = [packed]
+        halves = [builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)]
+        return greatest_of(builder, [builder.bitcast(float_from(builder, x.dtype, h), I32) for h in halves])
+
+    return types.uint32(x, raw), emit
+
+
+def greatest_of(builder, words):
+    """The greatest of some uint32."""
+    greatest = words[0]
+    for word in words[1:]:
+        greatest = builder.select(builder.icmp_unsigned(">", word, greatest), word, greatest)
+    return greatest
+
+
+@intrinsic
+def pair_at(typing, shared, spread, lane_bytes):
+    def emit(context, builder, signature, args):
+        text = "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
+        offset = inline_ptx(builder, text, I32, list(args[1:]))
+        base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
+        address = builder.gep(base, [builder.zext(offset, I64)])
+        return builder.load(builder.bitcast(address, I32.as_pointer(address.type.addrspace)), align=4)
+
+    return types.uint32(shared, types.uint32, types.uint32), emit
+
+
+@intrinsic
+def load16(typing, data, i, words, first):
+    def emit(context, builder, signature, args):
+        vector = vector_load(builder, at(context, builder, data, args[0], i, args[1], V4))
+        offset = context.cast(builder, args[3], first, types.int64)
+        target = builder.gep(pointer_to(context, builder, words, args[2], I32), [offset])
+        for k, word in enumerate(vector):
+            builder.store(word, builder.gep(target, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(data, i, words, first), emit
+
+
+@intrinsic
+def pack_half(typing, low, high):
+    def emit(context, builder, signature, args):
+        return half_pair(builder, types.float16, *args)
+
+    return types.uint32(types.float32, types.float32), emit
+
+
+@intrinsic
+def has_float16_range(typing, x):
+    def emit(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int(x.dtype == types.float16))
+
+    return types.boolean(x), emit
+
+
+@intrinsic
+def multiply_16x16x8(typing, sums, first, a0, a1, a2, a3, b0, b1):
+    def emit(context, builder, signature, args):
+        offset = context.cast(builder, args[1], first, types.int64)
+        base = builder.gep(pointer_to(context, builder, sums, args[0], F32), [offset])
+        places = [builder.gep(base, [ir.Constant(I64, k)]) for k in range(4)]
+        operands = [*args[2:], *(builder.load(place) for place in places)]
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        four = ir.LiteralStructType([F32] * 4)
+        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+        function = ir.FunctionType(four, [value.type for value in operands])
+        result = builder.call(ir.InlineAsm(function, text, constraints), operands)
+        result.attributes.add("convergent")
+        for k, place in enumerate(places):
+            builder.store(builder.extract_value(result, k), place)
+        return context.get_dummy_value()
+
+    u32 = types.uint32
+    return types.void(sums, first, u32, u32, u32, u32, u32, u32), emit
+
+
+EVERY_LANE = 0xFFFFFFFF
+
+
+@cuda.jit(device=True, inline="always")
+def max_across(value, lanes):
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            value = max(value, uint32(cuda.shfl_xor_sync(EVERY_LANE, int32(value), offset)))
+    return value
+
+
+@cuda.jit(device=True, inline="always")
+def sum_across(value, lanes):
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, offset)
+    return value

@@ -1,0 +1,280 @@
+"""Numbers to 4-bit codes and one absmax a block, in one pass over the data.
+
+s = x * (1 / absmax); a value's position is the number of boundaries strictly below s; its code is the position's
+nibble in `numbering` (0xFEDCBA9876543210 counts upwards, as NF4 does; FP4 numbers sign and magnitude).
+
+v1  one thread, one block of values: the kernel that teaches
+v2  one thread, eight values by 16-byte loads; the threads of a block share their absmax by shuffles
+v3  the code from a table of 32 cells and one comparison, instead of 15 comparisons
+v4  two such groups a thread, both loads under way before the table is needed: the one in use
+
+Every version takes (x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide), with
+block_size = 2**block_shift. A NaN or infinity sets flag[0] if `check`. Groups of eight elements numbered below `wide`
+are aligned for 16-byte loads and 4-byte stores; the others go element by element.
+"""
+
+import math
+
+from numba import config, cuda, float32, int32, int64, uint8, uint32
+
+from .intrinsics import (
+    bits_float,
+    float_bits,
+    fused,
+    load,
+    load8,
+    max_across,
+    max_magnitude,
+    max_magnitude8,
+    quotient,
+    reciprocal,
+    store4,
+    widen8,
+)
+
+THREADS = 32 if config.ENABLE_CUDASIM else 256  # the simulator starts a thread of the host for each
+INFINITY_BITS = 0x7F800000  # |x| as bits orders like |x|, and NaN is above infinity: one maximum finds both
+CELLS = 32  # 31 of them over [-1, 1], 1/15 wide: NF4's boundaries are 0.08 apart, so none holds two
+SLOTS = 2 * CELLS  # twice as many as cells: a NaN may look anywhere
+
+
+@cuda.jit
+def v1(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    block = int64(cuda.grid(1))
+    start = block << block_shift
+    end = min(start + (int64(1) << block_shift), n)
+    if start < n:
+        bits = uint32(0)
+        for i in range(start, end):
+            bits = max_magnitude(bits, load(x, i))
+        if check and bits >= uint32(INFINITY_BITS):
+            flag[0] = 1
+        scale = bits_float(bits)
+        absmax[block] = scale
+        inverse = reciprocal(scale) if scale > float32(0) else float32(0)
+        for i in range(start, end, 2):
+            byte = 0
+            for k in range(2):
+                value = load(x, i + k) if i + k < n else float32(0)
+                s = value * inverse if inverse < float32(math.inf) else quotient(value, scale)
+                position = 0
+                for b in range(15):
+                    if s > boundaries[b]:
+                        position += 1
+                byte = (byte << 4) | ((numbering >> (4 * position)) & 15)
+            packed[i >> 1] = uint8(byte)
+
+
+@cuda.jit(device=True, inline="always")
+def start_reading(x, i, wide, raw):
+    """Set the loads of group i under way; nothing waits for them yet."""
+    if i < wide:
+        load8(x, i, raw)
+
+
+@cuda.jit(device=True, inline="always")
+def finish_reading(x, i, n, wide, raw, values):
+    """Write elements 8i..8i+7 as float32; return the bits of the greatest magnitude.
+
+    Elements past the end are 0, which changes no absmax and pads an odd n.
+    """
+    bits = uint32(0)
+    if i < wide:
+        bits = max_magnitude8(x, raw)
+        widen8(x, raw, values)
+    else:
+        for k in range(8):
+            values[k] = load(x, 8 * i + k) if 8 * i + k < n else float32(0)
+            bits = max_magnitude(bits, values[k])
+    return bits
+
+
+@cuda.jit(device=True, inline="always")
+def block_absmax_bits(bits, lanes, scratch):
+    """The greatest `bits` of `lanes` neighbouring threads, which hold one block."""
+    bits = max_across(bits, min(lanes, 32))
+    if lanes > 32:  # a block over several warps: they meet in shared memory
+        warp = cuda.threadIdx.x >> 5
+        if cuda.threadIdx.x & 31 == 0:
+            scratch[warp] = bits
+        cuda.syncthreads()
+        first = warp & ~((lanes >> 5) - 1)
+        for k in range(lanes >> 5):
+            bits = max(bits, scratch[first + k])
+        cuda.syncthreads()
+    return bits
+
+
+@cuda.jit(device=True, inline="always")
+def normalise(values, scale):
+    """values[k] := values[k] * (1 / scale); zeros for a block of zeros; a true division where 1 / scale overflows."""
+    inverse = reciprocal(scale) if scale > float32(0) else float32(0)
+    if inverse == float32(math.inf):
+        for k in range(8):
+            values[k] = quotient(values[k], scale)
+    else:
+        for k in range(8):
+            values[k] = values[k] * inverse
+
+
+@cuda.jit(device=True, inline="always")
+def code_by_comparing(s, thresholds, numbering):
+    position = 0
+    for b in range(15):
+        if s > thresholds[b]:
+            position += 1
+    return uint32((numbering >> (4 * position)) & 15)
+
+
+@cuda.jit(device=True, inline="always")
+def cell_of(s):
+    """round(15 s + 16), 1..31 for s in [-1, 1]: adding 2^23 leaves the integer in the lowest bits of the float."""
+    return uint32(float_bits(fused(s, float32(15), float32(2**23 + 16))) & uint32(2 * CELLS - 1))
+
+
+@cuda.jit(device=True, inline="always")
+def fill_cells(cell, boundaries, numbering, threshold, code_below):
+    """Write what thread `cell` knows of its cell; return whether one comparison is NOT enough there.
+
+    cell_of never decreases, so boundaries of earlier cells are below every s of this one and those of later cells are
+    not. What is left is one boundary at most, and two codes, the upper of which must be the lower plus 1.
+    """
+    below = inside = 0
+    bound = float32(math.inf)
+    for b in range(15):
+        boundary = boundaries[b]
+        home = cell_of(max(float32(-1.05), min(boundary, float32(1.05))))  # 0 and 32 hold what lies beyond the ends
+        below += 1 if home < cell else 0
+        inside += 1 if home == cell else 0
+        bound = boundary if home == cell else bound
+    threshold[cell] = bound
+    code = (numbering >> (4 * below)) & 15
+    code_below[cell] = uint32(code)
+    return inside > 1 or (inside == 1 and (numbering >> (4 * below + 4)) & 15 != code + 1)
+
+
+@cuda.jit(device=True, inline="always")
+def place(code, k):
+    """A code where element k of a group has it: the even element of each byte in the high nibble."""
+    return uint32(code << uint32(4 * (k ^ 1)))
+
+
+@cuda.jit(device=True, inline="always")
+def write_group(packed, i, n, wide, word):
+    if i < wide:
+        store4(packed, i, word)
+    else:
+        for k in range(4):
+            if 8 * i + 2 * k < n:
+                packed[4 * i + k] = uint8((word >> uint32(8 * k)) & uint32(255))
+
+
+@cuda.jit(device=True, inline="always")
+def write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check):
+    """The first thread of a block stores its absmax, and raises the flag if that is no number."""
+    if cuda.threadIdx.x & (lanes - 1) == 0 and 8 * i < n:
+        absmax[(8 * i) >> block_shift] = bits_float(bits)
+        if check and bits >= uint32(INFINITY_BITS):
+            flag[0] = 1
+
+
+@cuda.jit
+def v2(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    thresholds = cuda.shared.array(15, float32)
+    scratch = cuda.shared.array(16, uint32)
+    raw = cuda.local.array(8, uint32)
+    values = cuda.local.array(8, float32)
+    if cuda.threadIdx.x < 15:
+        thresholds[cuda.threadIdx.x] = boundaries[cuda.threadIdx.x]
+    cuda.syncthreads()
+    i = int64(cuda.grid(1))
+    lanes = int32(1 << (block_shift - 3))
+    start_reading(x, i, wide, raw)
+    bits = finish_reading(x, i, n, wide, raw, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
+    normalise(values, bits_float(bits))
+    word = uint32(0)
+    for k in range(8):
+        word = uint32(word | place(code_by_comparing(values[k], thresholds, numbering), k))
+    write_group(packed, i, n, wide, word)
+
+
+@cuda.jit(device=True, inline="always")
+def codes_of_group(values, crowded, boundaries, numbering, threshold, code_below):
+    """Eight codes in one uint32; a codebook that the cells do not suit is searched by comparing."""
+    word = uint32(0)
+    if crowded:
+        for k in range(8):
+            word = uint32(word | place(code_by_comparing(values[k], boundaries, numbering), k))
+    else:
+        for k in range(8):  # from the highest nibble down: elements 6, 7, 4, 5, 2, 3, 0, 1
+            s = values[k ^ 6]
+            cell = cell_of(s)
+            word = uint32(uint32(word << uint32(4)) + code_below[cell])
+            word = uint32(word + uint32(1)) if s > threshold[cell] else word
+    return word
+
+
+@cuda.jit
+def v3(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    threshold = cuda.shared.array(SLOTS, float32)
+    code_below = cuda.shared.array(SLOTS, uint32)
+    scratch = cuda.shared.array(16, uint32)
+    raw = cuda.local.array(8, uint32)
+    values = cuda.local.array(8, float32)
+    i = int64(cuda.grid(1))
+    lanes = int32(1 << (block_shift - 3))
+    start_reading(x, i, wide, raw)
+    crowded = False
+    if cuda.threadIdx.x < CELLS:
+        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
+    crowded = cuda.syncthreads_or(int32(crowded))
+    bits = finish_reading(x, i, n, wide, raw, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
+    normalise(values, bits_float(bits))
+    word = codes_of_group(values, crowded, boundaries, numbering, threshold, code_below)
+    write_group(packed, i, n, wide, word)
+
+
+@cuda.jit
+def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    threshold = cuda.shared.array(SLOTS, float32)
+    code_below = cuda.shared.array(SLOTS, uint32)
+    scratch = cuda.shared.array(16, uint32)
+    raw_i = cuda.local.array(8, uint32)
+    raw_j = cuda.local.array(8, uint32)
+    values_i = cuda.local.array(8, float32)
+    values_j = cuda.local.array(8, float32)
+    i = int64(cuda.blockIdx.x) * (2 * cuda.blockDim.x) + cuda.threadIdx.x
+    j = i + cuda.blockDim.x
+    lanes = int32(1 << (block_shift - 3))
+    start_reading(x, i, wide, raw_i)
+    start_reading(x, j, wide, raw_j)
+    crowded = False
+    if cuda.threadIdx.x < CELLS:
+        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
+    crowded = cuda.syncthreads_or(int32(crowded))
+    bits_i = finish_reading(x, i, n, wide, raw_i, values_i)
+    bits_j = finish_reading(x, j, n, wide, raw_j, values_j)
+    bits_i = block_absmax_bits(bits_i, lanes, scratch)
+    bits_j = block_absmax_bits(bits_j, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits_i, check)
+    write_absmax(absmax, flag, j, n, block_shift, lanes, bits_j, check)
+    normalise(values_i, bits_float(bits_i))
+    normalise(values_j, bits_float(bits_j))
+    word_i = codes_of_group(values_i, crowded, boundaries, numbering, threshold, code_below)
+    word_j = codes_of_group(values_j, crowded, boundaries, numbering, threshold, code_below)
+    write_group(packed, i, n, wide, word_i)
+    write_group(packed, j, n, wide, word_j)
+
+
+VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
+
+
+def shape(version, n, block_size):
+    """(blocks, threads a block) that cover n elements: a quantization block never crosses a thread block."""
+    threads = THREADS if version == "v1" else max(THREADS, block_size // 8)
+    elements = block_size if version == "v1" else 16 if version == "v4" else 8  # a thread's share
+    return -(-n // (threads * elements)), threads

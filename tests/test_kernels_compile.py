@@ -1,0 +1,98 @@
+"""Every CUDA kernel, compiled and linked without a GPU: the machine code keeps what the speed rests on.
+
+Needs the wheels nvidia-nvvm, nvidia-cuda-nvrtc and nvidia-nvjitlink; no driver.
+"""
+
+import re
+import struct
+
+import pytest
+
+numba = pytest.importorskip("numba")
+if numba.config.ENABLE_CUDASIM:
+    pytest.skip("the simulator compiles nothing: run without NUMBA_ENABLE_CUDASIM", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="needs numba-cuda")
+pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda-bindings")
+
+from numba import types
+
+from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, quantize_kernels
+from nf4lab.kernels.cuda.assemble import assemble
+
+CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
+HALF, BFLOAT, FLOAT, BYTE = (types.CPointer(t) for t in (types.float16, types.uint16, types.float32, types.uint8))
+FLAG, NUMBER = types.CPointer(types.int32), types.int64
+
+
+def dequantize_types(out):
+    return BYTE, FLOAT, FLOAT, out, *[NUMBER] * 3
+
+
+def nested_types(out):
+    return BYTE, BYTE, FLOAT, FLOAT, FLOAT, FLOAT, out, *[NUMBER] * 4
+
+
+def quantize_types(x):
+    return x, FLOAT, BYTE, FLOAT, FLAG, *[NUMBER] * 5
+
+
+def gemv_types(x):
+    return x, BYTE, FLOAT, BYTE, FLOAT, FLOAT, FLOAT, FLOAT, x, x, *[NUMBER] * 7
+
+
+def ptx_and_local_bytes(kernel, signature, capability, **options):
+    """The linked PTX, and the bytes of local memory a thread needs: spills and arrays that left the registers."""
+    ptx, cubin = assemble(kernel, signature, capability, **options)
+    return ptx.decode() if isinstance(ptx, bytes) else ptx, frame_bytes(cubin)
+
+
+def frame_bytes(cubin):
+    """Largest stack frame of the functions in an ELF cubin: attribute EIATTR_FRAME_SIZE (0x11) of .nv.info."""
+    sizes = [struct.unpack_from("<I", cubin, m.end() + 4)[0] for m in re.finditer(rb"\x04\x11\x08\x00", cubin)]
+    assert sizes, "no frame size found in the cubin"
+    return max(sizes)
+
+
+def assert_lean(ptx, local_bytes):
+    assert ".f64" not in ptx, "a float64 instruction: 1/64 of the speed on a T4"
+    assert local_bytes == 0, f"{local_bytes} bytes of local memory a thread"
+
+
+IN_USE = [
+    ("dequantize float16", dequantize_kernels.v4, dequantize_types(HALF), r"st\.global\.v4"),
+    ("dequantize bfloat16", dequantize_kernels.v4, dequantize_types(BFLOAT), r"st\.global\.v4"),
+    ("dequantize float32", dequantize_kernels.v4, dequantize_types(FLOAT), r"st\.global\.v4"),
+    ("nested float16", dequantize_kernels.nested, nested_types(HALF), r"st\.global\.v4"),
+    ("quantize float16", quantize_kernels.v4, quantize_types(HALF), r"ld\.global(\.nc)?\.v4"),
+    ("quantize float32", quantize_kernels.v4, quantize_types(FLOAT), r"ld\.global(\.nc)?\.v4"),
+    ("gemv float16", gemv_kernels.v2, gemv_types(HALF), r"ld\.global(\.nc)?\.v4"),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize(("name", "kernel", "signature", "wide"), IN_USE, ids=[case[0] for case in IN_USE])
+def test_kernels_in_use_access_16_bytes_without_float64_or_spills(name, kernel, signature, wide, capability):
+    ptx, local_bytes = ptx_and_local_bytes(kernel, signature, capability)
+    assert_lean(ptx, local_bytes)
+    assert re.search(wide, ptx)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("fragments", gemv_kernels.TENSOR_CORES)
+def test_tensor_core_gemv_fits_its_registers(fragments, capability):
+    kernel, limit = gemv_kernels.TENSOR_CORES[fragments], gemv_kernels.MAX_REGISTERS
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(BFLOAT), capability, max_registers=limit)
+    assert_lean(ptx, local_bytes)
+    assert ptx.count("mma.sync") == 16 * fragments and re.search(r"ld\.global(\.nc)?\.v4", ptx)
+
+
+TEACHING = {
+    **{f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
+    **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
+    "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
+}
+
+
+@pytest.mark.parametrize("name", TEACHING)
+def test_earlier_versions_link_even_for_the_oldest_gpu(name):
+    assert_lean(*ptx_and_local_bytes(*TEACHING[name], (7, 5)))
