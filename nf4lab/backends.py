@@ -92,12 +92,11 @@ def dequantize_cpu(q, out: Tensor) -> None:
     """What the QuantizedTensor q stands for, into the contiguous tensor out."""
     from nf4lab.kernels import cpu
 
+    torch.autograd.graph.increment_version(out)  # autograd can't see that NumPy writes to it
     cpu.dequantize(
         _array(q.packed), _dequantize_table(q.format), _array(q.scale), _array(q.location),
         q.block_size, _kind(out.dtype), _array(out), _threads(),
     )  # fmt: skip
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # autograd can't see that NumPy has written to it
 
 
 def quantize_cuda(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, None] | None:
