@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks home clean
+.PHONY: help book test lint notebooks bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,6 +13,7 @@ book: $(BIN)/ready ## build the book, every page run anew
 
 test: book lint ## build the book, check style, run every test
 	$(BIN)/python -m pytest
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_kernels_cuda.py
 
 lint: $(BIN)/ready ## ruff: style and format
 	$(BIN)/ruff check .
@@ -20,6 +21,11 @@ lint: $(BIN)/ready ## ruff: style and format
 
 notebooks: $(BIN)/ready ## write the notebook beside each chapter
 	$(BIN)/python book/make_notebooks.py
+
+bench: $(BIN)/ready ## measure the kernels of this machine; results in benchmarks/results/
+	$(BIN)/python benchmarks/cpu.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python benchmarks/gpu.py; else echo "no CUDA GPU here: benchmarks/gpu.py was not run"; fi
 
 home: $(BIN)/ready ## give the project its address: make home URL=https://github.com/you/nf4lab
 	@case "$(URL)" in https://*/*/*) ;; *) echo "make home URL=https://github.com/you/nf4lab"; exit 2;; esac

@@ -23,7 +23,7 @@ from importlib.metadata import version
 import numpy as np
 
 if not hasattr(np, "row_stack"):
-    np.row_stack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 has it no more
+    np.vstack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 has it no more
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -33,9 +33,7 @@ from nf4lab.kernels import cuda
 from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
 
 BLOCK = 64
-COLD_BYTES = (
-    300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
-)
+COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
 SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096)]
 HALVES = [torch.float16, torch.bfloat16]
 records = []
@@ -109,9 +107,7 @@ def name_of(dtype):
 def measure_copy(n, samples):
     source = torch.randn(n, device="cuda")
     target = torch.empty_like(source)
-    return record("copy", "torch", event_times_us(lambda: target.copy_(source), samples), n_bytes=8 * n)[
-        "tbps"
-    ]
+    return record("copy", "torch", event_times_us(lambda: target.copy_(source), samples), n_bytes=8 * n)["tbps"]
 
 
 def torch_dequantize(packed, absmax, levels, out):
@@ -149,9 +145,7 @@ def measure_dequantize(n, samples, levels):
                     times = event_times_us(call, samples, queued=queued)
                     record(operation, by, times, n_bytes=sizes[operation], **details)
         times = event_times_us(lambda: torch_dequantize(packed, state.absmax, levels, out), 5)
-        record(
-            "dequantize", "torch", times, n_bytes=sizes["dequantize"], dtype=name_of(dtype), timing="queued"
-        )
+        record("dequantize", "torch", times, n_bytes=sizes["dequantize"], dtype=name_of(dtype), timing="queued")
         for ladder in dequantize_kernels.VERSIONS:
             times = event_times_us(
                 lambda ladder=ladder: cuda.dequantize(
@@ -255,18 +249,10 @@ def measure_host(samples, levels, boundaries):
     calls = {
         ("fill with zeros", "torch"): lambda: out.zero_(),
         ("dequantize", "bitsandbytes"): lambda: bnb.dequantize_4bit(packed, state, out=out),
-        ("dequantize", "nf4lab"): lambda: cuda.dequantize(
-            flat, absmax, levels, n=n, block_size=BLOCK, out=out
-        ),
-        ("dequantize", "nf4lab op"): lambda: torch.ops.nf4lab.dequantize(
-            flat, absmax, levels, n, BLOCK, out, "v4"
-        ),
-        ("gemv", "nf4lab"): lambda: cuda.gemv(
-            row, flat, absmax, levels, shape=(64, 256), block_size=BLOCK, out=y
-        ),
-        ("quantize", "bitsandbytes"): lambda: bnb.quantize_4bit(
-            x, blocksize=BLOCK, quant_type="nf4", out=packed
-        ),
+        ("dequantize", "nf4lab"): lambda: cuda.dequantize(flat, absmax, levels, n=n, block_size=BLOCK, out=out),
+        ("dequantize", "nf4lab op"): lambda: torch.ops.nf4lab.dequantize(flat, absmax, levels, n, BLOCK, out, "v4"),
+        ("gemv", "nf4lab"): lambda: cuda.gemv(row, flat, absmax, levels, shape=(64, 256), block_size=BLOCK, out=y),
+        ("quantize", "bitsandbytes"): lambda: bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4", out=packed),
         ("quantize", "nf4lab"): lambda: quantize(False),
         ("quantize and check", "nf4lab"): lambda: quantize(True),
     }

@@ -1,4 +1,4 @@
-"""Quantize in blocks and back: the reference, in plain torch.
+"""Quantize in blocks and back: the reference, in plain torch, and the hand-over to a kernel where one fits.
 
 A tensor is read in row-major order and cut into blocks of `block_size` elements, across rows; the last block may be
 shorter. Each block gets its own constants. The work is done in chunks, so that a large tensor needs no large helpers.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nf4lab import backends
 from nf4lab.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
 from nf4lab.formats import Format, absmax, as_format
 from nf4lab.packing import pack, unpack
@@ -101,9 +102,11 @@ class QuantizedTensor:
         """Bits stored for each element; NaN where there is none."""
         return 8 * self.nbytes / self.numel if self.numel else math.nan
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype | None = None, *, out: Tensor | None = None, backend: str | None = None
+    ) -> Tensor:
         """See `nf4lab.dequantize`."""
-        return dequantize(self, dtype)
+        return dequantize(self, dtype, out=out, backend=backend)
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
@@ -125,6 +128,8 @@ def quantize(
     format: str | Format = "nf4",
     block_size: int = 64,
     double_quant: bool | str | DoubleQuant = False,
+    *,
+    backend: str | None = None,
 ) -> QuantizedTensor:
     """A tensor of any shape as a QuantizedTensor of 4-bit codes, on the device it is on.
 
@@ -134,6 +139,7 @@ def quantize(
     block_size: a power of two, 16 to 4096.
     double_quant: True for bitsandbytes' 8-bit constants; "linear8", "linear4" or a nf4lab.DoubleQuant for others.
     The codes are made with the exact constants, before those are quantized.
+    backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes.
 
     NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) for float32, float16 and bfloat16 wherever absmax is
     at least 1e-38; below that bitsandbytes clamps, and this does not. A zero block has absmax 0 and decodes to zeros.
@@ -143,46 +149,79 @@ def quantize(
     tensor([12,  0, 10,  7], dtype=torch.uint8)
 
     Raises TypeError for a tensor or argument of the wrong type, ValueError for a value that is not finite in
-    float32 (naming the first), a block size or a format that does not exist. Source: QLoRA (arXiv:2305.14314).
+    float32 (naming the first), a block size, format or backend that does not exist or does not take this tensor.
+    Source: QLoRA (arXiv:2305.14314).
     """
     format, scheme = as_format(format), as_double_quant(double_quant)
     _check_arguments(x, format, block_size)
     flat = x.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
-    scales, locations = [], []
-    for start, stop, width in _chunks(flat.numel(), block_size):
-        values = flat[start:stop].float()
-        if not values.isfinite().all():
-            raise ValueError(_describe_non_finite(x))
-        codes, scale, location = format.encode(values.reshape(-1, width))
-        _check_constants(scale, format)
-        packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
-        scales.append(scale)
-        locations.append(location)
-    stored = [_stored(constants, scheme, x.device) for constants in (scales, locations)]
-    return QuantizedTensor(packed, *stored, format, x.shape, x.dtype, block_size)
+    n = flat.numel()
+    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
+    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
+    if quantized is None:
+        raise ValueError(_describe_non_finite(x))
+    packed, scale, location = quantized if n else [None if part is None else part[:0] for part in quantized]
+    _check_constants(scale, format)
+    if scheme:
+        scale, location = scheme.quantize(scale), None if location is None else scheme.quantize(location)
+    return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size)
 
 
-def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that q stands for, in its shape and in `dtype` (default: the original's).
+def dequantize(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The tensor that q stands for, in its shape and in `dtype` (default: that of out, or else the original's).
 
     Each value is computed in float32, location + scale * level, and rounded once to `dtype`.
-    Raises TypeError unless q is a QuantizedTensor and dtype one of float32, float16, bfloat16, float64.
+    out: a contiguous tensor of q's shape, on q's device, to write to and return; it saves the allocation, which takes
+    longer than the arithmetic. backend: as for `quantize`.
+
+    Raises TypeError unless q is a QuantizedTensor and dtype one of float32, float16, bfloat16, float64; ValueError
+    where out or the backend does not fit.
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"dequantize takes a QuantizedTensor; got {type(q).__name__}")
-    dtype = dtype or q.dtype
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}")
+    dtype = dtype or (q.dtype if out is None else out.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}")
-    scale, location = q.scale, q.location
-    out = torch.empty(q.numel, dtype=dtype, device=q.packed.device)
+    if out is None:
+        target = backends.empty(q.numel, dtype, q.packed.device).reshape(q.shape)
+    else:
+        _check_out(out, q, dtype)
+        target = out
+    DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)](q, target)
+    return target
+
+
+def _quantize_torch(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """(packed, scale, location) of flat (n,), chunk by chunk; None if a value is not finite in float32."""
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    constants = []
+    for start, stop, width in _chunks(flat.numel(), block_size):
+        values = flat[start:stop].float()
+        if not values.isfinite().all():
+            return None
+        codes, *scale_and_location = format.encode(values.reshape(-1, width))
+        packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
+        constants.append(scale_and_location)
+    scale, location = (None if None in parts else torch.cat(parts) for parts in zip(*constants, strict=True))
+    return packed, scale, location
+
+
+def _dequantize_torch(q: QuantizedTensor, out: Tensor) -> None:
+    """What q stands for into the contiguous tensor out, chunk by chunk."""
+    scale, location, flat = q.scale, q.location, out.reshape(-1)
     for start, stop, width in _chunks(q.numel, q.block_size):
         codes = unpack(q.packed[start // 2 : (stop + 1) // 2], stop - start).reshape(-1, width)
         blocks = slice(start // q.block_size, -(-stop // q.block_size))
-        out[start:stop] = q.format.decode(codes, scale[blocks], None if location is None else location[blocks]).reshape(
-            -1
-        )
-    return out.reshape(q.shape)
+        values = q.format.decode(codes, scale[blocks], None if location is None else location[blocks])
+        flat[start:stop] = values.reshape(-1)
+
+
+QUANTIZE = {"torch": _quantize_torch, **backends.QUANTIZE}
+DEQUANTIZE = {"torch": _dequantize_torch, **backends.DEQUANTIZE}
 
 
 def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
@@ -196,16 +235,6 @@ def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
         yield start, min(start + run, whole), block_size
     if whole < n:
         yield whole, n, n - whole
-
-
-def _stored(
-    constants: list[Tensor | None], scheme: DoubleQuant | None, device: torch.device
-) -> Tensor | QuantizedConstants | None:
-    """The chunks' constants joined, and quantized where a scheme asks for it."""
-    if None in constants:
-        return None
-    joined = torch.cat(constants) if constants else torch.empty(0, device=device)
-    return scheme.quantize(joined) if scheme else joined
 
 
 def _decoded(constants: Tensor | QuantizedConstants) -> Tensor:
@@ -237,6 +266,28 @@ def _check_constants(scale: Tensor, format: Format) -> None:
     """A block of finite values can still have a range or a deviation too large for the constants' dtype."""
     if not scale.isfinite().all():
         raise ValueError(f"a block's scale exceeds {format.constants_dtype}, in which {format.name!r} stores it")
+
+
+def _check_out(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
+    """Raise unless out can take what q stands for in dtype, in row-major order and without touching q's memory."""
+    if (out.shape, out.dtype, out.device) != (q.shape, dtype, q.packed.device):
+        wanted, got = (
+            f"shape {tuple(t[0])}, {t[1]} on {t[2]}"
+            for t in ((q.shape, dtype, q.packed.device), (out.shape, out.dtype, out.device))
+        )
+        raise ValueError(f"out must have {wanted}; got {got}")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous; got strides {out.stride()} for shape {tuple(out.shape)}")
+    if out.requires_grad:
+        raise ValueError("out must not require a gradient; pass out.detach()")
+    for stored in (q.packed, q.stored_scale, q.stored_location):
+        if isinstance(stored, Tensor) and _overlap(stored, out):
+            raise ValueError("out must not share memory with q")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors without gaps share a byte."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def _describe_non_finite(x: Tensor) -> str:

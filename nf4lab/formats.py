@@ -24,9 +24,12 @@ def absmax(blocks: Tensor) -> tuple[Tensor, None]:
 
 
 def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale a block so that its least value becomes 0 and its greatest 1: two constants."""
-    location = blocks.amin(dim=1)
-    return blocks.amax(dim=1) - location, location
+    """Shift and scale a block so that its least value becomes 0 and its greatest 1: two constants.
+
+    Of 0.0 and -0.0 either may come out as the extreme; adding 0.0 makes both 0.0, so that every backend agrees.
+    """
+    location = blocks.amin(dim=1) + 0.0
+    return (blocks.amax(dim=1) + 0.0) - location, location
 
 
 def mean_std(blocks: Tensor) -> tuple[Tensor, Tensor]:

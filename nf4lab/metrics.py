@@ -21,7 +21,7 @@ def mae(x: Tensor, x_hat: Tensor) -> float:
 def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
     """The signal-to-quantization-noise ratio in decibels, 10 log10(mean x^2 / mse); inf where x_hat equals x.
 
-    Every bit a weight is worth at most 6.02 dB.
+    A factor of four in the error is 6.02 dB: what a bit is worth at the Shannon limit.
     """
     error, power = mse(x, x_hat), mse(x, torch.zeros_like(x))
     return math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf

@@ -23,7 +23,9 @@ FLAGS = [
 ]
 FAULTS = r"""() => ({
   "wider than the window": document.documentElement.scrollWidth > innerWidth + 1,
-  "images without alternative text": [...document.querySelectorAll("main img")].filter(i => i.alt.length < 40).length,
+  "images without alternative text": [...document.querySelectorAll("main img")].filter(i => !i.alt.trim()).length,
+  "figures hardly described":
+      [...document.querySelectorAll("main .cell_output img")].filter(i => i.alt.length < 100).length,
   "broken images": [...document.querySelectorAll("main img")].filter(i => i.complete && !i.naturalWidth).length,
   "distorted images": [...document.querySelectorAll("main img")].filter(i => i.naturalWidth && i.height &&
       Math.abs(i.width / i.height / (i.naturalWidth / i.naturalHeight) - 1) > 0.02).length,

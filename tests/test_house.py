@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pins():
+    """Name and version of every pin that applies on this system."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(str(pin.specifier).startswith("==") for pin in pinned)
+    return {pin.name: str(pin.specifier)[2:] for pin in pinned if pin.marker is None or pin.marker.evaluate()}
 
 
 def test_every_pin_lies_in_the_range_that_the_package_accepts():

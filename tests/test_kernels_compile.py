@@ -20,9 +20,7 @@ from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, quantize_kerne
 from nf4lab.kernels.cuda.assemble import assemble
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
-HALF, BFLOAT, FLOAT, BYTE = (
-    types.CPointer(t) for t in (types.float16, types.uint16, types.float32, types.uint8)
-)
+HALF, BFLOAT, FLOAT, BYTE = (types.CPointer(t) for t in (types.float16, types.uint16, types.float32, types.uint8))
 FLAG, NUMBER = types.CPointer(types.int32), types.int64
 
 
@@ -50,9 +48,7 @@ def ptx_and_local_bytes(kernel, signature, capability, **options):
 
 def frame_bytes(cubin):
     """Largest stack frame of the functions in an ELF cubin: attribute EIATTR_FRAME_SIZE (0x11) of .nv.info."""
-    sizes = [
-        struct.unpack_from("<I", cubin, m.end() + 4)[0] for m in re.finditer(rb"\x04\x11\x08\x00", cubin)
-    ]
+    sizes = [struct.unpack_from("<I", cubin, m.end() + 4)[0] for m in re.finditer(rb"\x04\x11\x08\x00", cubin)]
     assert sizes, "no frame size found in the cubin"
     return max(sizes)
 
@@ -74,7 +70,7 @@ IN_USE = [
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-@pytest.mark.parametrize("name, kernel, signature, wide", IN_USE, ids=[case[0] for case in IN_USE])
+@pytest.mark.parametrize(("name", "kernel", "signature", "wide"), IN_USE, ids=[case[0] for case in IN_USE])
 def test_kernels_in_use_access_16_bytes_without_float64_or_spills(name, kernel, signature, wide, capability):
     ptx, local_bytes = ptx_and_local_bytes(kernel, signature, capability)
     assert_lean(ptx, local_bytes)
@@ -91,10 +87,7 @@ def test_tensor_core_gemv_fits_its_registers(fragments, capability):
 
 
 TEACHING = {
-    **{
-        f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT))
-        for v in ("v1", "v2", "v3")
-    },
+    **{f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
     **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
     "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
 }

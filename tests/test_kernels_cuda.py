@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+import nf4lab
 from nf4lab.kernels import cuda
 from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
 from nf4lab.kernels.cuda.launch import SIMULATOR
@@ -106,19 +107,13 @@ def random_codes(n, block_size, seed=0):
 
 def run_dequantize(packed, absmax, n, block_size, dtype, version="v4", offset=0):
     out = empty_at(offset, n, dtype)
-    absmax = (
-        tuple(a.to(DEVICE) if torch.is_tensor(a) else a for a in absmax)
-        if isinstance(absmax, tuple)
-        else absmax
-    )
+    absmax = tuple(a.to(DEVICE) if torch.is_tensor(a) else a for a in absmax) if isinstance(absmax, tuple) else absmax
     absmax = absmax if isinstance(absmax, tuple) else absmax.to(DEVICE)
     args = at_offset(packed, offset), absmax, LEVELS.to(DEVICE)
     return cuda.dequantize(*args, n=n, block_size=block_size, out=out, version=version)
 
 
-SIZES = (
-    [1, 2, 7, 64, 515, 1000] if SIMULATOR else [1, 2, 7, 64, 515, 1000, 4095, 4096, 4097, 100_003, 2**20 + 5]
-)
+SIZES = [1, 2, 7, 64, 515, 1000] if SIMULATOR else [1, 2, 7, 64, 515, 1000, 4095, 4096, 4097, 100_003, 2**20 + 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,9 +226,7 @@ def test_a_value_on_a_boundary_goes_to_the_lower_code():
 
 def test_zero_blocks_get_the_code_of_zero_and_tiny_ones_are_divided():
     tiny = torch.tensor([2.0**-149, -(2.0**-149), 3 * 2.0**-149, 2.0**-130, -(2.0**-129)])
-    x = torch.cat(
-        [torch.zeros(64), -torch.zeros(64), tiny.repeat(13), random_values(63, torch.float32) * 2.0**-128]
-    )
+    x = torch.cat([torch.zeros(64), -torch.zeros(64), tiny.repeat(13), random_values(63, torch.float32) * 2.0**-128])
     for version in quantize_kernels.VERSIONS:
         got = run_quantize(x, midpoints(LEVELS), 64, version)
         assert equal_pairs(got, reference_quantize(x, midpoints(LEVELS), 64)), version
@@ -251,7 +244,7 @@ def codebooks():
     yield "four levels", torch.tensor([-0.5, 0.0, 0.5] + [math.inf] * 12)
 
 
-@pytest.mark.parametrize("name, boundaries", list(codebooks()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "boundaries"), list(codebooks()), ids=lambda v: v if isinstance(v, str) else "")
 def test_any_ascending_codebook_is_correct(name, boundaries):
     x = torch.cat([random_values(448, torch.float32, seed=3), boundaries.clamp(-1, 1), torch.ones(1)])
     for version in ["v1", "v4"]:
@@ -292,7 +285,7 @@ def test_quantizing_nothing_writes_nothing():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (dict(block_size=48), "block_size must be one of 16, 32, .*; got 48"),
         (dict(n=99), "out must have 99 elements; got 100"),
@@ -306,9 +299,7 @@ def test_wrong_arguments_are_named_with_their_numbers(change, message):
         cuda.dequantize(torch.zeros(50, dtype=torch.uint8), torch.zeros(2), LEVELS, **call)
 
 
-def assert_gemv_within_rounding(
-    rows, n, k, block_size, dtype, *, version="v3", group_size=0, bias=False, offset=0
-):
+def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v3", group_size=0, bias=False, offset=0):
     """gemv against float64 on the exact dequantized weights.
 
     Derived bound, with w = |x| |W|^T: 2^-11 w for levels rounded to float16, (k + 16) 2^-24 w for float32 products and
@@ -324,9 +315,7 @@ def assert_gemv_within_rounding(
     x = random_values(rows * k, dtype, seed=rows).reshape(rows, k)
     b = random_values(n, dtype, seed=5) if bias else None
     y = x.double() @ w.T + (b.double() if bias else 0)
-    on_device = [
-        part.to(DEVICE) if torch.is_tensor(part) else part for part in (stored if group_size else (stored,))
-    ]
+    on_device = [part.to(DEVICE) if torch.is_tensor(part) else part for part in (stored if group_size else (stored,))]
     got = cuda.gemv(
         at_offset(x.reshape(-1), offset).view(rows, k),
         *(at_offset(packed, offset), tuple(on_device) if group_size else on_device[0], LEVELS.to(DEVICE)),
@@ -423,7 +412,7 @@ def test_a_cuda_graph_replays_dequantize_and_quantize_on_new_data():
 def test_a_capture_that_would_have_to_wait_is_refused():
     x = random_values(4096, torch.float16).cuda()
     run_quantize(x, midpoints(LEVELS), 64)
-    with pytest.raises(RuntimeError, match="check_finite=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="check_finite=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):  # noqa: PT012
         packed, absmax = torch.empty(2048, dtype=torch.uint8, device="cuda"), torch.empty(64, device="cuda")
         cuda.quantize(x, torch.empty(15, device="cuda"), block_size=64, packed=packed, absmax=absmax)
 
@@ -474,3 +463,28 @@ def test_more_than_two_to_the_31_elements_are_addressed():
     cuda.dequantize(packed, absmax, LEVELS.cuda(), n=n, block_size=64, out=x)
     assert same_bits(x[2**31 :], reference_dequantize(*expected, LEVELS, 4101, 64, torch.float16))
     assert not x[: 2**31].any()
+
+
+@on_gpu
+@pytest.mark.parametrize("double_quant", [False, True, "linear8", "linear4"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+def test_the_public_face_gives_the_bytes_of_the_reference_on_a_gpu(format, double_quant):
+    for n in (1, 63, 64 * 300 + 5):
+        x = random_values(n, torch.float16)
+        ours = nf4lab.quantize(x.cuda(), format, double_quant=double_quant, backend="cuda")
+        theirs = nf4lab.quantize(x, format, backend="torch")
+        assert torch.equal(ours.packed.cpu(), theirs.packed)
+        plain = nf4lab.quantize(x.cuda(), format)  # the same choice by default
+        assert torch.equal(plain.absmax.cpu(), theirs.absmax)
+        values = ours.dequantize(backend="cuda")
+        assert torch.equal(values, ours.dequantize(backend="torch"))
+
+
+@on_gpu
+def test_the_public_face_refuses_what_is_not_finite_and_formats_without_absmax():
+    x = torch.tensor([1.0, float("nan"), float("inf")], device="cuda")
+    with pytest.raises(ValueError, match=r"1 NaN and 1 infinite values, the first is nan at index \(1,\)"):
+        nf4lab.quantize(x)
+    with pytest.raises(ValueError, match="'cuda' takes formats scaled by a float32 absmax; got 'uniform'"):
+        nf4lab.quantize(x, "uniform", backend="cuda")
+    assert nf4lab.quantize(x[:1], "uniform").packed.device.type == "cuda"

@@ -19,8 +19,8 @@ def pretend_gpu(capability):
     device = SimpleNamespace(compute_capability=capability)
     context = SimpleNamespace(device=device)
     with (
-        mock.patch.object(dispatcher, "get_current_device", lambda: device),
-        mock.patch.object(codegen.devices, "get_context", lambda *_: context),
+        mock.patch.object(dispatcher, "get_current_device", return_value=device),
+        mock.patch.object(codegen.devices, "get_context", return_value=context),
     ):
         yield
 

@@ -90,14 +90,10 @@ def v2(
     row = task // n
     total = float32(0)
     if row < rows:
-        for j in range(
-            lane, k >> 5, 32
-        ):  # 32 columns, 16 bytes: within one block, which has at least 32 values
+        for j in range(lane, k >> 5, 32):  # 32 columns, 16 bytes: within one block, which has at least 32 values
             first = column * k + 32 * j
             load16(packed, first >> 5, words, 0)
-            scale = absmax_of(
-                first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
-            )
+            scale = absmax_of(first >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
             part = float32(0)
             for w in range(4):
                 load8(x, ((row * k) >> 3) + 4 * j + w, raw)
@@ -242,9 +238,7 @@ def tensor_core_kernel(fragments):
             shared[ZEROS + thread] = uint32(0)
         end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
-        if not has_float16_range(
-            x
-        ):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
+        if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
             exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
@@ -299,9 +293,7 @@ def tensor_core_kernel(fragments):
                                     sums, chain, a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3],
                                     b[2 * h], b[2 * h + 1],
                                 )  # fmt: skip
-                    quad = (
-                        int64(lane & uint32(28)) + 2 * piece
-                    )  # the lane that holds these 64 columns' absmax
+                    quad = int64(lane & uint32(28)) + 2 * piece  # the lane that holds these 64 columns' absmax
                     low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
                     low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
                     high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)

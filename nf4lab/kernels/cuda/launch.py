@@ -32,15 +32,11 @@ def available():
         return None
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else " (this torch was built without CUDA: install a CUDA build)"
-        return (
-            f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
-        )
+        return f"torch finds no CUDA GPU{build}: use the CPU kernels, or NUMBA_ENABLE_CUDASIM=1 to simulate one"
     try:
         from cuda.bindings import driver  # noqa: F401
     except ImportError:
-        return (
-            "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
-        )
+        return "the module cuda.bindings is missing: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
     if not cuda.is_available():
         return "numba.cuda finds no usable driver or NVVM: pip install 'numba-cuda[cu13]' (cu12 for a CUDA 12 driver)"
     return None
@@ -138,12 +134,14 @@ def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=
     so make it before capturing a CUDA graph. Nothing is checked here.
     """
     if SIMULATOR:
-        return simulate(kernel, grid, threads, args, shared_bytes)
+        simulate(kernel, grid, threads, args, shared_bytes)
+        return
     device = args[0].get_device()
     key = (kernel, device, dtype)
     loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
     if torch._C._cuda_getDevice() == device:
-        return loaded(grid, threads, shared_bytes, args)
+        loaded(grid, threads, shared_bytes, args)
+        return
     with torch.cuda.device(device):
         loaded(grid, threads, shared_bytes, args)
 

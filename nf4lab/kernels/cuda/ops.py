@@ -29,7 +29,7 @@ def define(schema, implementation):
 
 
 def expect(name, tensor, dtypes, count, device):
-    """ValueError or TypeError unless `tensor` is contiguous, on `device`, of one of `dtypes` and has `count` elements."""
+    """ValueError or TypeError unless `tensor` is contiguous, on `device`, of one of `dtypes`, with `count` elements."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.numel() != count:
@@ -102,8 +102,7 @@ def _run_nested(packed, codes, group_absmax, offset, code_map, levels, n, block_
 
 
 _dequantize_op = define(
-    "dequantize(Tensor packed, Tensor absmax, Tensor levels, int n, int block_size, Tensor(a!) out, str version)"
-    " -> ()",
+    "dequantize(Tensor packed, Tensor absmax, Tensor levels, int n, int block_size, Tensor(a!) out, str version) -> ()",
     _run_dequantize,
 )
 _nested_op = define(
@@ -169,9 +168,7 @@ def refuse_if_set(flag, x):
         torch.cuda.current_stream(x.device).synchronize()
     if flag.item():
         bad = (~torch.isfinite(x)).reshape(-1).nonzero().reshape(-1)
-        raise ValueError(
-            f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}"
-        )
+        raise ValueError(f"x must be finite; got {len(bad)} NaN or infinite values, the first at index {bad[0].item()}")
 
 
 _quantize_op = define(
@@ -182,7 +179,7 @@ _quantize_op = define(
 
 
 def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v3"):
-    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 16 rows of x (..., k) and a packed W of `shape` (n, k).
+    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 16 rows of x (..., k) and packed W of shape (n, k).
 
     packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. The tensor core kernel (sm_80 on;
     16-bit x; n a multiple of 16, k of 256; block_size at least 64) rounds the levels to float16, so a product may be
@@ -239,9 +236,7 @@ def _run_gemv(
     if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
         most = rows_that_fit(k)
         parts = (
-            [(x, out)]
-            if rows <= most
-            else zip(x.view(rows, k).split(most), out.view(rows, n).split(most), strict=True)
+            [(x, out)] if rows <= most else zip(x.view(rows, k).split(most), out.view(rows, n).split(most), strict=True)
         )
         for some_x, some_out in parts:
             count = some_x.numel() // k

@@ -58,9 +58,7 @@ def inline_ptx(builder, text, result, args, *, effect=False):
 
 def pointer_to(context, builder, kind, array, element):
     """Address of an argument (pointer or array) as a pointer to `element`."""
-    data = (
-        array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
-    )
+    data = array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, array).data
     return builder.bitcast(data, element.as_pointer(data.type.addrspace))
 
 
@@ -71,7 +69,7 @@ def at(context, builder, kind, array, index_kind, index, element):
 
 
 def float_from(builder, kind, raw):
-    """One loaded element as float32: float32 itself, float16 extended, bfloat16 (uint16) shifted into the upper half."""
+    """One loaded element as float32: itself, float16 extended, bfloat16 (uint16) shifted into the upper half."""
     if kind == types.float32:
         return builder.bitcast(raw, F32)
     if kind == types.float16:
@@ -243,9 +241,7 @@ def in_16_bytes(typing, out):
 def load_codes(typing, packed, i, out):
     def emit(context, builder, signature, args):
         element = ir.IntType(4 * per_store(out.dtype))  # 4 bits a code
-        raw = builder.load(
-            at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8
-        )
+        raw = builder.load(at(context, builder, packed, args[0], i, args[1], element), align=element.width // 8)
         return raw if element == I32 else builder.zext(raw, I32)
 
     return types.uint32(packed, i, out), emit
@@ -287,17 +283,14 @@ def max_magnitude8(typing, x, raw):
         mask = ir.Constant(I32, 0x7FFFFFFF if count == 1 else 0x7FFF7FFF)
         words = [builder.and_(word, mask) for word in words]
         if count == 1:
-            greatest = greatest_of(builder, words)
-            return greatest
+            return greatest_of(builder, words)
         if compute_capability() >= (8, 0):
             name = "f16x2" if x.dtype == types.float16 else "bf16x2"
             packed = words[0]
             for word in words[1:]:
                 packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
             words = [packed]
-        halves = [
-            builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)
-        ]
+        halves = [builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)]
         return greatest_of(builder, [builder.bitcast(float_from(builder, x.dtype, h), I32) for h in halves])
 
     return types.uint32(x, raw), emit
@@ -314,9 +307,7 @@ def greatest_of(builder, words):
 @intrinsic
 def pair_at(typing, shared, spread, lane_bytes):
     def emit(context, builder, signature, args):
-        text = (
-            "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
-        )
+        text = "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
         offset = inline_ptx(builder, text, I32, list(args[1:]))
         base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
         address = builder.gep(base, [builder.zext(offset, I64)])

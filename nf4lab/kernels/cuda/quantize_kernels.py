@@ -143,9 +143,7 @@ def fill_cells(cell, boundaries, numbering, threshold, code_below):
     bound = float32(math.inf)
     for b in range(15):
         boundary = boundaries[b]
-        home = cell_of(
-            max(float32(-1.05), min(boundary, float32(1.05)))
-        )  # 0 and 32 hold what lies beyond the ends
+        home = cell_of(max(float32(-1.05), min(boundary, float32(1.05))))  # 0 and 32 hold what lies beyond the ends
         below += 1 if home < cell else 0
         inside += 1 if home == cell else 0
         bound = boundary if home == cell else bound

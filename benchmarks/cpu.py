@@ -1,0 +1,194 @@
+"""Measure the CPU kernels beside bitsandbytes and the torch reference; write results/cpu-NAME.json with every sample.
+
+    python benchmarks/cpu.py NAME              all of it: about two minutes on two quiet cores
+    python benchmarks/cpu.py NAME --quick      sizes up to 2**22 only
+
+Each round runs every contender once, so that whatever else the machine does falls on all of them; before a round the
+machine is left until it is quiet, or for --patience seconds. A call is timed from outside, as a caller would see it.
+"given": the output exists and has been written before; "allocated": the call makes it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import torch
+
+import nf4lab
+from nf4lab import backends
+from nf4lab.kernels import cpu
+
+BLOCK, ROW = 64, 4096
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def contenders(x):
+    """(operation, who, output) -> call, for every operation on x, a matrix."""
+    q = nf4lab.quantize(x, block_size=BLOCK, backend="torch")
+    theirs = bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4")
+    assert torch.equal(theirs[0].view(-1), q.packed)
+    out, target = torch.zeros_like(x), torch.zeros_like(x)
+    assert torch.equal(nf4lab.dequantize(q, out=out, backend="cpu"), bnb.dequantize_4bit(*theirs))
+    given = prepared_quantize(x)
+    return {
+        ("copy", "torch", "given"): lambda: target.copy_(x),
+        ("quantize", "bitsandbytes", "allocated"): lambda: bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4"),
+        ("quantize", "reference", "allocated"): lambda: nf4lab.quantize(x, block_size=BLOCK, backend="torch"),
+        ("quantize", "kernel", "allocated"): lambda: nf4lab.quantize(x, block_size=BLOCK, backend="cpu"),
+        ("quantize", "kernel", "given"): given,
+        ("dequantize", "bitsandbytes", "allocated"): lambda: bnb.dequantize_4bit(*theirs),
+        ("dequantize", "reference", "allocated"): lambda: nf4lab.dequantize(q, backend="torch"),
+        ("dequantize", "kernel", "allocated"): lambda: nf4lab.dequantize(q, backend="cpu"),
+        ("dequantize", "kernel", "given"): lambda: nf4lab.dequantize(q, out=out, backend="cpu"),
+    }
+
+
+def prepared_quantize(x):
+    """The kernel alone, on arrays that exist."""
+    packed, scale = torch.zeros(x.numel() // 2, dtype=torch.uint8), torch.zeros(x.numel() // BLOCK)
+    arrays = [backends._array(t) for t in (x, scale, None, packed)]
+    table, kind = backends._quantize_table(nf4lab.FORMATS["nf4"]), backends._kind(x.dtype)
+    return lambda: cpu.quantize(arrays[0], kind, table, cpu.ABSMAX, BLOCK, *arrays[1:], backends._threads())
+
+
+def ladder(n):
+    """(operation, version, output) -> call, for every version of the kernels on n float32."""
+    format, x = nf4lab.FORMATS["nf4"], torch.randn(n).numpy()
+    packed, scale, none = np.zeros(n // 2, np.uint8), np.zeros(n // BLOCK, np.float32), np.zeros(0, np.float32)
+    out, levels, threads = np.zeros(n, np.float32), format.levels.numpy(), backends._threads()
+    boundaries, ascending = format.boundaries.numpy(), format.ascending.to(torch.uint8).numpy()
+    quantize = (x, cpu.FLOAT32, cpu.codebook_table(boundaries, ascending), cpu.ABSMAX, BLOCK, scale, none, packed)
+    dequantize = (packed, cpu.level_pairs(levels), scale, none, BLOCK, cpu.FLOAT32, out)
+    return {
+        ("quantize", "v1", "given"): lambda: cpu.quantize_v1(x, boundaries, ascending, BLOCK, scale, packed),
+        ("quantize", "v2", "given"): lambda: cpu.quantize_v2(*quantize),
+        ("quantize", "v3", "given"): lambda: cpu.quantize_v3(*quantize),
+        ("quantize", "in threads", "given"): lambda: cpu.quantize(*quantize, threads),
+        ("dequantize", "v1", "given"): lambda: cpu.dequantize_v1(packed, levels, scale, BLOCK, out),
+        ("dequantize", "v2", "given"): lambda: cpu.dequantize_v2(*dequantize),
+        ("dequantize", "in threads", "given"): lambda: cpu.dequantize(*dequantize, threads),
+    }
+
+
+def measure(calls, n, dtype, rounds, patience_s):
+    """One record for each call: its samples in microseconds, a sample being the mean of enough calls to be timed."""
+    samples = {key: [] for key in calls}
+    repeats = max(1, 2**16 // n)
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        wait_until_quiet(patience_s)
+        for key, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = call()
+            samples[key].append((time.perf_counter() - start) / repeats * 1e6)
+            del result
+    return [record(key, n, dtype, times_us) for key, times_us in samples.items()]
+
+
+def record(key, n, dtype, times_us):
+    operation, who, output = key
+    low, median, high = statistics.quantiles(times_us, n=4)
+    return {
+        "operation": operation, "who": who, "output": output, "dtype": str(dtype).removeprefix("torch."), "n": n,
+        "median_us": median, "quartiles_us": [low, high], "samples_us": times_us,
+    }  # fmt: skip
+
+
+def wait_until_quiet(patience_s, share=0.05):
+    """Until other programs took less than `share` of the cores for 0.2 s, or patience has run out."""
+    for _ in range(int(patience_s / 0.2)):
+        before = busy_ticks()
+        time.sleep(0.2)
+        if busy_ticks() - before <= share * 0.2 * os.cpu_count() * os.sysconf("SC_CLK_TCK"):
+            return
+
+
+def busy_ticks():
+    """Clock ticks that all cores together have been busy since the machine started."""
+    user, nice, system, _idle, _wait, *rest = map(
+        int, pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return user + nice + system + sum(rest[:3])
+
+
+def crossovers(records):
+    """For each dtype and operation: the least size measured at which the kernel's median is below the reference's."""
+    medians = {(r["operation"], r["who"], r["output"], r["dtype"], r["n"]): r["median_us"] for r in records}
+    least = {}
+    for operation, who, output, dtype, n in sorted(medians, key=lambda key: -key[-1]):
+        if (who, output) == ("kernel", "allocated"):
+            wins = medians[operation, who, output, dtype, n] < medians[operation, "reference", output, dtype, n]
+            name = f"{operation} {dtype}"
+            if (wins and least.get(name, n * 4) == n * 4) or name not in least:
+                least[name] = n if wins else None
+    return least
+
+
+def provenance():
+    def output(*command):
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+
+    cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
+    huge_pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    packages = ("torch", "numba", "llvmlite", "numpy", "bitsandbytes")
+    return {
+        "cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
+        "threads": backends._threads(), "torch_threads": torch.get_num_threads(),
+        "vector_extensions": sorted(set(re.findall(r"\b(?:avx2|avx512[a-z]*|f16c|fma)\b", cpuinfo))),
+        "kernel": platform.release(), "transparent_huge_pages": huge_pages.read_text().strip(),
+        "python": platform.python_version(), **{name: version(name) for name in packages},
+        "nf4lab": nf4lab.__version__, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": output("git", "rev-parse", "HEAD"), "uncommitted": output("git", "status", "--porcelain"),
+        "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", help="of the machine, for the record's file name")
+    parser.add_argument("--quick", action="store_true", help="sizes up to 2**22 only")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--patience", type=float, default=10, help="seconds a round waits for a quiet machine")
+    arguments = parser.parse_args()
+    result = {**provenance(), "block_size": BLOCK, "load_before": os.getloadavg(), "records": [], "ladder": []}
+    for log2_n in (12, 14, 16, 18, 20, 22, 24, 26)[: 6 if arguments.quick else 8]:
+        for dtype in DTYPES:
+            x = torch.randn(2**log2_n // ROW, ROW).to(dtype)
+            result["records"] += measure(contenders(x), x.numel(), dtype, arguments.rounds, arguments.patience)
+            show(result["records"][-9:])
+    result["ladder"] = measure(ladder(2**22), 2**22, torch.float32, arguments.rounds, arguments.patience)
+    show(result["ladder"])
+    result["kernel_wins_from"] = crossovers(result["records"])
+    result["load_after"] = os.getloadavg()
+    path = ROOT / "benchmarks" / "results" / f"cpu-{arguments.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["kernel_wins_from"], path)
+
+
+def show(records):
+    for r in records:
+        low, high = r["quartiles_us"]
+        print(
+            f"{r['n']:>9} {r['dtype']:<9} {r['operation']:<10} {r['who']:<12} {r['output']:<9} "
+            f"{r['median_us'] / 1e3:>10.3f} ms  ({low / 1e3:.3f} to {high / 1e3:.3f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The numba kernels: they take arrays and know nothing of the rest of the package."""
