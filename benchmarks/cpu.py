@@ -1,7 +1,7 @@
 """Measure the CPU kernels beside bitsandbytes and the torch reference; write results/cpu-NAME.json with every sample.
 
     python benchmarks/cpu.py NAME              all of it: about two minutes on two quiet cores
-    python benchmarks/cpu.py NAME --quick      sizes up to 2**22 only
+    python benchmarks/cpu.py NAME --quick      sizes up to 2**20 only
 
 Each round runs every contender once, so that whatever else the machine does falls on all of them; before a round the
 machine is left until it is quiet, or for --patience seconds. A call is timed from outside, as a caller would see it.
@@ -160,12 +160,12 @@ def provenance():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", help="of the machine, for the record's file name")
-    parser.add_argument("--quick", action="store_true", help="sizes up to 2**22 only")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="sizes up to 2**20 only")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--patience", type=float, default=10, help="seconds a round waits for a quiet machine")
     arguments = parser.parse_args()
     result = {**provenance(), "block_size": BLOCK, "load_before": os.getloadavg(), "records": [], "ladder": []}
-    for log2_n in (12, 14, 16, 18, 20, 22, 24, 26)[: 6 if arguments.quick else 8]:
+    for log2_n in (26, 24, 20, 16, 12)[2 * arguments.quick :]:
         for dtype in DTYPES:
             x = torch.randn(2**log2_n // ROW, ROW).to(dtype)
             result["records"] += measure(contenders(x), x.numel(), dtype, arguments.rounds, arguments.patience)
