@@ -1,10 +1,11 @@
 """Measure the CPU kernels beside bitsandbytes and the torch reference; write results/cpu-NAME.json with every sample.
 
     python benchmarks/cpu.py NAME              all of it: about two minutes on two quiet cores
-    python benchmarks/cpu.py NAME --quick      sizes up to 2**22 only
+    python benchmarks/cpu.py NAME --quick      sizes up to 2**20 only
 
-Each round runs every contender once, so that whatever else the machine does falls on all of them; before a round the
-machine is left until it is quiet, or for --patience seconds. A call is timed from outside, as a caller would see it.
+Each round runs every contender once. A call starts when other programs leave the cores alone, and is repeated if they
+took more than a tenth of them meanwhile; when --patience runs out, what comes is taken. How much of the cores others
+had stands beside every sample. A call is timed from outside, as a caller would see it.
 "given": the output exists and has been written before; "allocated": the call makes it.
 """
 
@@ -82,47 +83,55 @@ def ladder(n):
     }
 
 
-def measure(calls, n, dtype, rounds, patience_s):
+def measure(calls, n, dtype, rounds, deadline):
     """One record for each call: its samples in microseconds, a sample being the mean of enough calls to be timed."""
     samples = {key: [] for key in calls}
-    repeats = max(1, 2**16 // n)
     for call in calls.values():
         call()
     for _ in range(rounds):
-        wait_until_quiet(patience_s)
         for key, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                result = call()
-            samples[key].append((time.perf_counter() - start) / repeats * 1e6)
-            del result
-    return [record(key, n, dtype, times_us) for key, times_us in samples.items()]
+            samples[key].append(undisturbed(call, max(1, 2**20 // n), deadline))
+    return [record(key, n, dtype, *zip(*taken, strict=True)) for key, taken in samples.items()]
 
 
-def record(key, n, dtype, times_us):
+def undisturbed(call, repeats, deadline, others_share=0.1):
+    """(microseconds a call, share of the cores that others had), measured in quiet if there is any before deadline."""
+    while True:
+        while time.monotonic() < deadline and watched(lambda: time.sleep(0.1))[1] > others_share:
+            pass
+        time_us, others = watched(lambda: repeat(call, repeats))
+        if others <= others_share or time.monotonic() > deadline:
+            return time_us / repeats, others
+
+
+def repeat(call, times):
+    for _ in range(times):
+        call()
+
+
+def watched(call):
+    """(microseconds, share of the cores that other programs had) of a call. The clock of the latter ticks at 100 Hz."""
+    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+    call()
+    elapsed = time.perf_counter() - start
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return elapsed * 1e6, round(max(0.0, others) / (elapsed * os.cpu_count()), 3)
+
+
+def busy_seconds():
+    """How long all cores together have been busy since the machine started."""
+    all_cores = pathlib.Path("/proc/stat").read_text().split("\n")[0]
+    user, nice, system, _idle, _wait, *rest = map(int, all_cores.split()[1:])
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+def record(key, n, dtype, times_us, others):
     operation, who, output = key
     low, median, high = statistics.quantiles(times_us, n=4)
     return {
         "operation": operation, "who": who, "output": output, "dtype": str(dtype).removeprefix("torch."), "n": n,
-        "median_us": median, "quartiles_us": [low, high], "samples_us": times_us,
+        "median_us": median, "quartiles_us": [low, high], "samples_us": times_us, "others_share": others,
     }  # fmt: skip
-
-
-def wait_until_quiet(patience_s, share=0.05):
-    """Until other programs took less than `share` of the cores for 0.2 s, or patience has run out."""
-    for _ in range(int(patience_s / 0.2)):
-        before = busy_ticks()
-        time.sleep(0.2)
-        if busy_ticks() - before <= share * 0.2 * os.cpu_count() * os.sysconf("SC_CLK_TCK"):
-            return
-
-
-def busy_ticks():
-    """Clock ticks that all cores together have been busy since the machine started."""
-    user, nice, system, _idle, _wait, *rest = map(
-        int, pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-    )
-    return user + nice + system + sum(rest[:3])
 
 
 def crossovers(records):
@@ -160,17 +169,18 @@ def provenance():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", help="of the machine, for the record's file name")
-    parser.add_argument("--quick", action="store_true", help="sizes up to 2**22 only")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--patience", type=float, default=10, help="seconds a round waits for a quiet machine")
+    parser.add_argument("--quick", action="store_true", help="sizes up to 2**20 only")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--patience", type=float, default=600, help="seconds in which disturbed calls are repeated")
     arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.patience
     result = {**provenance(), "block_size": BLOCK, "load_before": os.getloadavg(), "records": [], "ladder": []}
-    for log2_n in (12, 14, 16, 18, 20, 22, 24, 26)[: 6 if arguments.quick else 8]:
+    for log2_n in (26, 24, 20, 16, 12)[2 * arguments.quick :]:
         for dtype in DTYPES:
             x = torch.randn(2**log2_n // ROW, ROW).to(dtype)
-            result["records"] += measure(contenders(x), x.numel(), dtype, arguments.rounds, arguments.patience)
+            result["records"] += measure(contenders(x), x.numel(), dtype, arguments.rounds, deadline)
             show(result["records"][-9:])
-    result["ladder"] = measure(ladder(2**22), 2**22, torch.float32, arguments.rounds, arguments.patience)
+    result["ladder"] = measure(ladder(2**22), 2**22, torch.float32, arguments.rounds, deadline)
     show(result["ladder"])
     result["kernel_wins_from"] = crossovers(result["records"])
     result["load_after"] = os.getloadavg()
@@ -183,9 +193,10 @@ def main():
 def show(records):
     for r in records:
         low, high = r["quartiles_us"]
+        others = max(r["others_share"])
         print(
             f"{r['n']:>9} {r['dtype']:<9} {r['operation']:<10} {r['who']:<12} {r['output']:<9} "
-            f"{r['median_us'] / 1e3:>10.3f} ms  ({low / 1e3:.3f} to {high / 1e3:.3f})",
+            f"{r['median_us'] / 1e3:>10.3f} ms  ({low / 1e3:.3f} to {high / 1e3:.3f}), others {others:.0%}",
             flush=True,
         )
 
