@@ -22,8 +22,8 @@ lint: $(BIN)/ready ## ruff: style and format
 notebooks: $(BIN)/ready ## write the notebook beside each chapter
 	$(BIN)/python book/make_notebooks.py
 
-bench: $(BIN)/ready ## measure the kernels of this machine; results in benchmarks/results/
-	$(BIN)/python benchmarks/cpu.py
+bench: $(BIN)/ready ## measure the kernels here: make bench NAME=my-cpu; writes benchmarks/results/
+	$(BIN)/python benchmarks/cpu.py $(or $(NAME),$(shell uname -m))
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python benchmarks/gpu.py; else echo "no CUDA GPU here: benchmarks/gpu.py was not run"; fi
 
