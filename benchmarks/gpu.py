@@ -1,7 +1,7 @@
 """Measure the CUDA kernels beside bitsandbytes and torch, and write results/<device>.json with every sample.
 
     python benchmarks/gpu.py                   all of it, about two minutes on an H100
-    python benchmarks/gpu.py --log2-weights 24 --samples 5
+    python benchmarks/gpu.py --log2-weights 24 --samples 5 --only gemv
 
 Times are the GPU's, by CUDA events. "queued": the call waits behind a spinning kernel, so that what the host needs to
 launch it is hidden; "alone": the GPU is idle when the call is made, as bitsandbytes is usually timed. Bytes are counted
@@ -23,11 +23,16 @@ from importlib.metadata import version
 import numpy as np
 
 if not hasattr(np, "row_stack"):
-    np.vstack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 has it no more
+    np.row_stack = np.vstack  # noqa: NPY201 - numba-cuda 0.30 asks for it, NumPy 2.5 has it no more
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+
+try:
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+except ImportError:  # measured where it is installed
+    to_nf4 = None
 
 from nf4lab.kernels import cuda
 from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
@@ -156,7 +161,25 @@ def measure_dequantize(n, samples, levels):
             record("dequantize ladder", ladder, times, n_bytes=sizes["dequantize"], dtype=name_of(dtype))
 
 
-def measure_quantize(n, samples, boundaries):
+def measure_torchao(n, samples):
+    """torchao writes its NF4 in plain torch, always double-quantized, and leaves the rest to torch.compile."""
+    if to_nf4 is None:
+        print("torchao is not installed: not measured")
+        return
+    x = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    weight = to_nf4(x, block_size=BLOCK)
+    out = torch.empty_like(x)
+    details = {"n_bytes": n // 2 + n // BLOCK + out.nbytes, "dtype": "bfloat16", "timing": "queued"}
+    for by, call in (
+        ("torchao", weight.get_original_weight),
+        ("torchao compiled", torch.compile(weight.get_original_weight)),
+    ):
+        record("dequantize nested", by, event_times_us(call, 5), **details)
+    times = event_times_us(lambda: to_nf4(x, block_size=BLOCK), 3)
+    record("quantize nested", "torchao", times, n_bytes=n // 2 + n // BLOCK + x.nbytes, dtype="bfloat16")
+
+
+def measure_quantize(n, samples, codebook):
     packed = torch.empty(n // 2, dtype=torch.uint8, device="cuda")
     absmax = torch.empty(n // BLOCK, device="cuda")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -168,7 +191,7 @@ def measure_quantize(n, samples, boundaries):
 
         def call(version="v4", check_finite=False):
             args = {"block_size": BLOCK, "packed": packed, "absmax": absmax}
-            cuda.quantize(x, boundaries, **args, check_finite=check_finite, version=version)
+            cuda.quantize(x, codebook, **args, check_finite=check_finite, version=version)
 
         times = event_times_us(call, samples)
         record("quantize", "nf4lab", times, n_bytes=n_bytes, dtype=name_of(dtype), timing="queued")
@@ -181,7 +204,7 @@ def measure_quantize(n, samples, boundaries):
             record("quantize", "nf4lab", times, n_bytes=n_bytes, **details)
 
 
-def measure_gemv(samples, levels, boundaries):
+def measure_gemv(samples, levels, codebook):
     for n, k in SHAPES:
         copies = max(2, -(-COLD_BYTES // (n * k // 2)))
         w = torch.randn(n * k, device="cuda", dtype=torch.bfloat16)
@@ -189,7 +212,7 @@ def measure_gemv(samples, levels, boundaries):
             torch.empty(n * k // 2, dtype=torch.uint8, device="cuda"),
             torch.empty(n * k // BLOCK, device="cuda"),
         )
-        cuda.quantize(w, boundaries, block_size=BLOCK, packed=packed, absmax=absmax)
+        cuda.quantize(w, codebook, block_size=BLOCK, packed=packed, absmax=absmax)
         weights = [(packed.clone(), absmax.clone()) for _ in range(copies)]
         dense = [w.view(n, k).clone() for _ in range(max(2, -(-COLD_BYTES // (2 * n * k))))]
         for dtype in HALVES:
@@ -232,7 +255,7 @@ def gemv_calls(x, out, weights, dense, levels, shape):
     }
 
 
-def measure_host(samples, levels, boundaries):
+def measure_host(samples, levels, codebook):
     n = 2**14
     x, out = (
         torch.randn(n, device="cuda", dtype=torch.float16),
@@ -244,7 +267,7 @@ def measure_host(samples, levels, boundaries):
     y = torch.empty(1, 64, device="cuda", dtype=torch.float16)
 
     def quantize(check):
-        cuda.quantize(x, boundaries, block_size=BLOCK, packed=flat, absmax=absmax, check_finite=check)
+        cuda.quantize(x, codebook, block_size=BLOCK, packed=flat, absmax=absmax, check_finite=check)
 
     calls = {
         ("fill with zeros", "torch"): lambda: out.zero_(),
@@ -270,7 +293,7 @@ def provenance(args):
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
         ).stdout.strip()
     )
-    packages = ("torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings")
+    packages = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
     return {
         "device": torch.cuda.get_device_name(),
         "driver": driver,
@@ -293,19 +316,25 @@ def main():
     parser.add_argument("--log2-weights", type=int, default=28)
     parser.add_argument("--samples", type=int, default=21)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--only", nargs="+", choices=["dequantize", "quantize", "torchao", "gemv", "host"])
     args = parser.parse_args()
     if reason := cuda.available():
         sys.exit(f"nothing measured: {reason}")
     n, samples = 2**args.log2_weights, args.samples
     _, state = bnb.quantize_4bit(torch.randn(4096, device="cuda"), blocksize=BLOCK, quant_type="nf4")
     levels = state.code.float().cuda()
-    boundaries = (levels[1:] + levels[:-1]) / 2
+    codebook = cuda.codebook((levels[1:] + levels[:-1]) / 2)
     copy_tbps = measure_copy(n, samples)
-    measure_dequantize(n, samples, levels)
-    measure_quantize(n, samples, boundaries)
-    torch.cuda.empty_cache()
-    measure_gemv(samples, levels, boundaries)
-    measure_host(samples, levels, boundaries)
+    parts = {
+        "dequantize": lambda: measure_dequantize(n, samples, levels),
+        "quantize": lambda: measure_quantize(n, samples, codebook),
+        "torchao": lambda: measure_torchao(n, samples),
+        "gemv": lambda: measure_gemv(samples, levels, codebook),
+        "host": lambda: measure_host(samples, levels, codebook),
+    }
+    for part in args.only or parts:
+        parts[part]()
+        torch.cuda.empty_cache()
     result = provenance(args) | {"copy_tbps": copy_tbps, "records": records}
     path = args.results / f"{result['device'].replace(' ', '-').lower()}.json"
     path.parent.mkdir(exist_ok=True)

@@ -106,9 +106,9 @@ def quantize_cuda(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     scale = torch.empty(n_blocks, device=flat.device)
-    boundaries, codes = _cuda_boundaries(format, flat.device)
+    codebook = _cuda_codebook(format, flat.device)
     try:
-        cuda.quantize(flat.contiguous(), boundaries, block_size=block_size, packed=packed, absmax=scale, codes=codes)
+        cuda.quantize(flat.contiguous(), codebook, block_size=block_size, packed=packed, absmax=scale)
     except ValueError:  # its arguments are right: a value is not finite, which the caller describes
         return None
     return packed, scale, None
@@ -135,11 +135,13 @@ def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_boundaries(format: Format, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
-    """15 boundaries on the device, those that a shorter codebook lacks at infinity, and the 16 codes in their order."""
+def _cuda_codebook(format: Format, device: torch.device):
+    """The format's boundaries, those that a shorter codebook lacks at infinity, and the 16 codes in their order."""
+    from nf4lab.kernels import cuda
+
     used = format.ascending.tolist()
     unused = [code for code in range(16) if code not in used]
-    return _padded(format.boundaries, 15, math.inf).to(device), (*used, *unused)
+    return cuda.codebook(_padded(format.boundaries, 15, math.inf), (*used, *unused), device)
 
 
 def _padded(values: Tensor, n: int, filler: float) -> Tensor:

@@ -3,6 +3,7 @@
 Needs the wheels nvidia-nvvm, nvidia-cuda-nvrtc and nvidia-nvjitlink; no driver.
 """
 
+import io
 import re
 import struct
 
@@ -14,6 +15,7 @@ if numba.config.ENABLE_CUDASIM:
 pytest.importorskip("numba_cuda", reason="needs numba-cuda")
 pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda-bindings")
 
+from elftools.elf.elffile import ELFFile
 from numba import types
 
 from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, quantize_kernels
@@ -21,7 +23,7 @@ from nf4lab.kernels.cuda.assemble import assemble
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
 HALF, BFLOAT, FLOAT, BYTE = (types.CPointer(t) for t in (types.float16, types.uint16, types.float32, types.uint8))
-FLAG, NUMBER = types.CPointer(types.int32), types.int64
+FLAG, CELLS, NUMBER = types.CPointer(types.int32), types.CPointer(types.uint64), types.int64
 
 
 def dequantize_types(out):
@@ -33,7 +35,7 @@ def nested_types(out):
 
 
 def quantize_types(x):
-    return x, FLOAT, BYTE, FLOAT, FLAG, *[NUMBER] * 5
+    return x, FLOAT, CELLS, BYTE, FLOAT, FLAG, *[NUMBER] * 5
 
 
 def gemv_types(x):
@@ -47,8 +49,9 @@ def ptx_and_local_bytes(kernel, signature, capability, **options):
 
 
 def frame_bytes(cubin):
-    """Largest stack frame of the functions in an ELF cubin: attribute EIATTR_FRAME_SIZE (0x11) of .nv.info."""
-    sizes = [struct.unpack_from("<I", cubin, m.end() + 4)[0] for m in re.finditer(rb"\x04\x11\x08\x00", cubin)]
+    """Largest stack frame of the functions in a cubin: attribute EIATTR_FRAME_SIZE (0x11) of the section .nv.info."""
+    info = ELFFile(io.BytesIO(bytes(cubin))).get_section_by_name(".nv.info").data()
+    sizes = [struct.unpack_from("<I", info, m.end() + 4)[0] for m in re.finditer(rb"\x04\x11\x08\x00", info)]
     assert sizes, "no frame size found in the cubin"
     return max(sizes)
 

@@ -164,15 +164,15 @@ def test_nested_absmax_is_decoded_with_two_roundings_in_the_same_launch(dtype):
             assert same_bits(out, expected), (n, offset)
 
 
-def run_quantize(x, boundaries, block_size, version="v4", offset=0, codes=None, check_finite=True):
+def run_quantize(x, boundaries, block_size, version="v4", offset=0, codes=range(16), check_finite=True):
     n = x.numel()
     packed, absmax = (
         empty_at(offset, (n + 1) // 2, torch.uint8),
         empty_at(0, -(-n // block_size), torch.float32),
     )
     cuda.quantize(
-        *(at_offset(x, offset), boundaries.to(DEVICE)),
-        **dict(block_size=block_size, packed=packed, absmax=absmax, codes=codes),
+        *(at_offset(x, offset), cuda.codebook(boundaries, codes, DEVICE)),
+        **dict(block_size=block_size, packed=packed, absmax=absmax),
         **dict(check_finite=check_finite, version=version),
     )
     return packed.cpu(), absmax.cpu()
@@ -389,12 +389,12 @@ on_gpu = pytest.mark.skipif(SIMULATOR, reason="the simulator has no streams, gra
 @on_gpu
 def test_a_cuda_graph_replays_dequantize_and_quantize_on_new_data():
     x, y = (random_values(4096, torch.float16, seed).cuda() for seed in (0, 1))
-    levels, boundaries = LEVELS.cuda(), midpoints(LEVELS).cuda()
+    levels, codebook = LEVELS.cuda(), cuda.codebook(midpoints(LEVELS))
     packed, absmax = empty_at(0, 2048, torch.uint8), empty_at(0, 64, torch.float32)
     out = empty_at(0, 4096, torch.float16)
 
     def roundtrip():
-        cuda.quantize(x, boundaries, block_size=64, packed=packed, absmax=absmax, check_finite=False)
+        cuda.quantize(x, codebook, block_size=64, packed=packed, absmax=absmax, check_finite=False)
         cuda.dequantize(packed, absmax, levels, n=4096, block_size=64, out=out)
 
     roundtrip()  # compiles: a capture must not
@@ -411,10 +411,11 @@ def test_a_cuda_graph_replays_dequantize_and_quantize_on_new_data():
 @on_gpu
 def test_a_capture_that_would_have_to_wait_is_refused():
     x = random_values(4096, torch.float16).cuda()
+    codebook = cuda.codebook(midpoints(LEVELS))
     run_quantize(x, midpoints(LEVELS), 64)
     with pytest.raises(RuntimeError, match="check_finite=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):  # noqa: PT012
         packed, absmax = torch.empty(2048, dtype=torch.uint8, device="cuda"), torch.empty(64, device="cuda")
-        cuda.quantize(x, torch.empty(15, device="cuda"), block_size=64, packed=packed, absmax=absmax)
+        cuda.quantize(x, codebook, block_size=64, packed=packed, absmax=absmax)
 
 
 @on_gpu
@@ -457,7 +458,7 @@ def test_more_than_two_to_the_31_elements_are_addressed():
     tail = random_values(4101, torch.float16)
     x[2**31 :] = tail.cuda()
     packed, absmax = empty_at(0, (n + 1) // 2, torch.uint8), empty_at(0, -(-n // 64), torch.float32)
-    cuda.quantize(x, midpoints(LEVELS).cuda(), block_size=64, packed=packed, absmax=absmax)
+    cuda.quantize(x, cuda.codebook(midpoints(LEVELS)), block_size=64, packed=packed, absmax=absmax)
     expected = reference_quantize(tail, midpoints(LEVELS), 64)
     assert equal_pairs((packed[2**30 :].cpu(), absmax[2**25 :].cpu()), expected)
     cuda.dequantize(packed, absmax, LEVELS.cuda(), n=n, block_size=64, out=x)

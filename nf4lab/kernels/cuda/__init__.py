@@ -1,7 +1,8 @@
 """4-bit kernels for NVIDIA GPUs, written in Python with numba.cuda. They take tensors and know no formats.
 
     dequantize   codes and absmax to float32, float16 or bfloat16, double-quantized constants in the same launch
-    quantize     values to codes and absmax, in one pass
+    quantize     values to codes and absmax, in one pass, by a codebook's boundaries
+    codebook     those boundaries, made ready once
     gemv         a few rows of activations times a packed weight, which is never written out
     available    None, or in one sentence why they cannot run here
 
@@ -9,6 +10,6 @@ Importing works on any machine and compiles nothing.
 """
 
 from .launch import available
-from .ops import dequantize, gemv, quantize
+from .ops import Codebook, codebook, dequantize, gemv, quantize
 
-__all__ = ["available", "dequantize", "gemv", "quantize"]
+__all__ = ["Codebook", "available", "codebook", "dequantize", "gemv", "quantize"]

@@ -20,7 +20,6 @@ from .intrinsics import (
     load8,
     load16,
     max_across,
-    max_magnitude,
     multiply_16x16x8,
     pack_half,
     pair_at,
@@ -32,7 +31,11 @@ from .intrinsics import (
 EVERY_LANE = 0xFFFFFFFF
 ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
-MAX_REGISTERS = 65536 // (32 * WARPS)  # v3: what a thread may have when a block of 16 warps is to fit
+THREADS = 32 * WARPS
+BATCH = 4  # v3: 16-byte loads of x that a thread has under way at once
+BATCH_WORDS = 4 * BATCH
+UPPER, MAGNITUDE = 0xFFFF0000, 0x7FFF0000  # v3: of the two bfloat16 in a uint32, the upper one, and without its sign
+MAX_REGISTERS = 65536 // THREADS  # v3: what a thread may have when a block of 16 warps is to fit
 STEP = 256  # v3: columns that a warp takes at a time
 
 
@@ -121,43 +124,72 @@ def shared_words(rows, k):
 
 @cuda.jit(device=True, inline="always")
 def fill_pairs(shared, levels, lane, warp):
-    """shared[32 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half."""
+    """shared[32 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half.
+
+    Every lane loads one level and gets the others from its neighbours: 16 loads would wait for one another.
+    """
+    level = levels[lane & 15]
+    high = cuda.shfl_sync(EVERY_LANE, level, warp)
     for low in range(16):
-        shared[PAIRS + (16 * warp + low) * 32 + lane] = pack_half(levels[warp], levels[low])
+        shared[PAIRS + (16 * warp + low) * 32 + lane] = pack_half(high, cuda.shfl_sync(EVERY_LANE, level, low))
 
 
 @cuda.jit(device=True, inline="always")
-def greatest_x(x, vectors, shared, end):
-    """Bits of max |x|, the same in every thread."""
-    raw = cuda.local.array(8, uint32)
-    values = cuda.local.array(8, float32)
+def read_x(x, first, vectors, raw):
+    """Set under way: this thread's BATCH vectors of eight elements, from `first` on; zeros past the end."""
+    for j in range(BATCH):
+        if first + j * THREADS < vectors:
+            load16(x, first + j * THREADS, raw, 4 * j)
+        else:
+            for e in range(4):
+                raw[4 * j + e] = uint32(0)
+
+
+@cuda.jit(device=True, inline="always")
+def greater_of_two(word):
+    """Bits of the greater magnitude of two bfloat16 in one uint32, as a float32."""
+    return max(word & uint32(MAGNITUDE), uint32(word << uint32(16)) & uint32(MAGNITUDE))
+
+
+@cuda.jit(device=True, inline="always")
+def greatest_x(x, vectors, raw, shared, end):
+    """Bits of max |x|, the same in every thread, for bfloat16 x. `raw` holds this thread's first vectors."""
+    more = cuda.local.array(BATCH_WORDS, uint32)
     bits = uint32(0)
-    for v in range(cuda.threadIdx.x, vectors, WARPS * 32):
-        load8(x, v, raw)
-        widen8(x, raw, values)
-        for e in range(8):
-            bits = max_magnitude(bits, values[e])
+    for e in range(BATCH_WORDS):
+        bits = max(bits, greater_of_two(raw[e]))
+    for first in range(int64(cuda.threadIdx.x) + BATCH * THREADS, vectors, BATCH * THREADS):
+        read_x(x, first, vectors, more)
+        for e in range(BATCH_WORDS):
+            bits = max(bits, greater_of_two(more[e]))
     shared[end + (cuda.threadIdx.x >> 5)] = max_across(bits, 32)
     cuda.syncthreads()
     return max_across(shared[end + (cuda.threadIdx.x & (WARPS - 1))], WARPS)
 
 
 @cuda.jit(device=True, inline="always")
+def scaled_pair(x, word, scale):
+    """Two elements of x, times scale, as float16 in one uint32. Scale is 1 for float16 x, whose bits stay."""
+    if has_float16_range(x):
+        return word
+    return pack_half(bits_float(uint32(word << uint32(16))) * scale, bits_float(word & uint32(UPPER)) * scale)
+
+
+@cuda.jit(device=True, inline="always")
 def stage_x(x, vectors, scale, raw, shared):
     """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
 
-    `raw` holds this thread's first vector, loaded earlier.
+    `raw` holds this thread's first vectors, loaded earlier.
     """
-    values = cuda.local.array(8, float32)
-    v = int64(cuda.threadIdx.x)
-    while v < vectors:
-        widen8(x, raw, values)
-        place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
-        for e in range(4):
-            shared[place + e] = pack_half(values[2 * e] * scale, values[2 * e + 1] * scale)
-        v += WARPS * 32
-        if v < vectors:
-            load8(x, v, raw)
+    for first in range(int64(cuda.threadIdx.x), vectors, BATCH * THREADS):
+        if first >= BATCH * THREADS:
+            read_x(x, first, vectors, raw)
+        for j in range(BATCH):
+            v = first + j * THREADS
+            if v < vectors:
+                place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
+                for e in range(4):
+                    shared[place + e] = scaled_pair(x, raw[4 * j + e], scale)
 
 
 @cuda.jit(device=True, inline="always")
@@ -200,7 +232,7 @@ def tensor_core_kernel(fragments):
         ahead = cuda.local.array(16, uint32)
         a = cuda.local.array(8, uint32)
         b = cuda.local.array(4, uint32)
-        raw = cuda.local.array(8, uint32)
+        raw = cuda.local.array(BATCH_WORDS, uint32)
         sums = cuda.local.array(all_sums, float32)
         low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
         high = cuda.local.array(fragments, float32)  # row g + 8
@@ -231,15 +263,14 @@ def tensor_core_kernel(fragments):
             )
 
         vectors = (rows * k) >> 3
-        if int64(thread) < vectors:
-            load8(x, int64(thread), raw)
+        read_x(x, int64(thread), vectors, raw)
         fill_pairs(shared, levels, int64(lane), warp)
         if thread < uint32(128):
             shared[ZEROS + thread] = uint32(0)
         end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
         if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
-            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, shared, end) >> uint32(23)))
+            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, raw, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
         stage_x(x, vectors, scale, raw, shared)

@@ -1,6 +1,7 @@
-"""From a kernel and its tensors to the GPU: compile once, then launch on torch's current stream in 1-2 us.
+"""From a kernel and its tensors to the GPU: compile once, then launch on torch's current stream.
 
-numba's own launch takes 34 us and more, most of it to look at the arguments; here they are plain addresses.
+numba's own launch looks at every argument anew, which costs more than most kernels here take; these get plain
+addresses.
 In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the kernel on CPU tensors.
 """
 
@@ -19,6 +20,7 @@ SIMULATOR = bool(config.ENABLE_CUDASIM)
 TYPES = {
     torch.uint8: types.uint8,
     torch.int32: types.int32,
+    torch.int64: types.uint64,  # a table whose entries are bit fields
     torch.float32: types.float32,
     torch.float16: types.float16,
     torch.bfloat16: types.uint16,  # its bits: numba has no bfloat16 that works everywhere
@@ -57,6 +59,16 @@ def signature(args):
     return tuple(types.int64 if kind is None else types.CPointer(TYPES[kind]) for kind in kinds)
 
 
+class Slots(threading.local):
+    """8 bytes for each argument of a kernel, an address or an int64, as the driver reads them: each thread's own."""
+
+    def __init__(self, count):
+        self.values = (ctypes.c_int64 * count)()
+        start = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        self.address = ctypes.addressof(self.pointers)
+
+
 class Loaded:
     """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
 
@@ -67,13 +79,12 @@ class Loaded:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
             self.context = check(driver.cuCtxGetCurrent(), driver)
-            fresh = cuda.jit(
-                kernel.py_func, max_registers=max_registers
-            )  # one compilation a device: GPUs may differ in one machine
+            # one compilation a device: GPUs may differ in one machine
+            fresh = cuda.jit(kernel.py_func, max_registers=max_registers)
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
-        self.ctypes = tuple(ctypes.c_int64 if type(a) is int else ctypes.c_void_p for a in args)
+        self.slots = Slots(len(args))
 
     def function_of(self, handle):
         """The CUfunction: numba-cuda hands out a CUkernel on some versions, which the driver converts."""
@@ -89,19 +100,17 @@ class Loaded:
         check(self.driver.cuFuncSetAttribute(self.function, attribute, limit), self.driver)
 
     def __call__(self, grid, threads, shared_bytes, args):
-        values = tuple([a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
+        slots = self.slots
+        slots.values[:] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in args]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        error = self.start(grid, threads, shared_bytes, stream, values)
+        launch = self.driver.cuLaunchKernel
+        shape = grid, 1, 1, threads, 1, 1, shared_bytes, stream
+        (error,) = launch(self.function, *shape, slots.address, 0)
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first use of CUDA
             check(self.driver.cuCtxSetCurrent(self.context), self.driver)
-            error = self.start(grid, threads, shared_bytes, stream, values)
+            (error,) = launch(self.function, *shape, slots.address, 0)
         if error:
             check((error,), self.driver)
-
-    def start(self, grid, threads, shared_bytes, stream, values):
-        return self.driver.cuLaunchKernel(
-            self.function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, (values, self.ctypes), 0
-        )[0]
 
 
 def check(result, driver):

@@ -5,22 +5,23 @@ nibble in `numbering` (0xFEDCBA9876543210 counts upwards, as NF4 does; FP4 numbe
 
 v1  one thread, one block of values: the kernel that teaches
 v2  one thread, eight values by 16-byte loads; the threads of a block share their absmax by shuffles
-v3  the code from a table of 32 cells and one comparison, instead of 15 comparisons
+v3  the code from a table of 64 cells, made beforehand: one lookup and one comparison instead of 15 comparisons
 v4  two such groups a thread, both loads under way before the table is needed: the one in use
 
-Every version takes (x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide), with
-block_size = 2**block_shift. A NaN or infinity sets flag[0] if `check`. Groups of eight elements numbered below `wide`
-are aligned for 16-byte loads and 4-byte stores; the others go element by element.
+Every version takes (x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide), with
+block_size = 2**block_shift; v1 and v2 leave `cells` alone, v3 and v4 `boundaries` and `numbering`. A NaN or infinity
+sets flag[0] if `check`. Groups of eight elements numbered below `wide` are aligned for 16-byte loads and 4-byte
+stores; the others go element by element.
 """
 
 import math
 
-from numba import config, cuda, float32, int32, int64, uint8, uint32
+import numpy as np
+from numba import config, cuda, float32, int32, int64, uint8, uint32, uint64
 
 from .intrinsics import (
     bits_float,
     float_bits,
-    fused,
     load,
     load8,
     max_across,
@@ -34,12 +35,33 @@ from .intrinsics import (
 
 THREADS = 32 if config.ENABLE_CUDASIM else 256  # the simulator starts a thread of the host for each
 INFINITY_BITS = 0x7F800000  # |x| as bits orders like |x|, and NaN is above infinity: one maximum finds both
-CELLS = 32  # 31 of them over [-1, 1], 1/15 wide: NF4's boundaries are 0.08 apart, so none holds two
-SLOTS = 2 * CELLS  # twice as many as cells: a NaN may look anywhere
+CELLS = 64  # 33 of them over [-1, 1], 1/16 wide: NF4's boundaries are 0.08 apart, so none holds two
+ALIGN = 1.5 * 2**23  # added to a float32, it leaves the nearest integer in the lowest bits
+
+
+def cell_table(boundaries, codes):
+    """What a quantizer must know of each cell, uint64 (64,): the one boundary in it, and the code below that.
+
+    boundaries: 15 ascending float32 (+inf where there are fewer). codes: 16, in the order of the levels. The low half
+    of an entry holds the boundary's bits (+inf where there is none), the high half the code. cell_of never decreases,
+    so boundaries of earlier cells lie below every s of this one and those of later cells do not. Returns None where
+    that is not enough: two boundaries share a cell, or the code above one is not the code below it plus 1.
+    """
+    boundaries = np.asarray(boundaries, np.float32)
+    inside = np.clip(boundaries, np.float32(-1.125), np.float32(1.125))  # beyond the ends: cells that no s reaches
+    home = (np.float32(128) * inside + np.float32(ALIGN)).view(np.int32).astype(np.int64) - 0x4B400000 >> 3
+    table = np.zeros(CELLS, np.uint64)
+    for cell in range(-16, 17):
+        below, here = int((home < cell).sum()), boundaries[home == cell]
+        if len(here) > 1 or (len(here) and codes[below + 1] != codes[below] + 1):
+            return None
+        bound = here if len(here) else np.full(1, np.inf, np.float32)
+        table[cell % CELLS] = codes[below] << 32 | int(bound.view(np.uint32)[0])
+    return table
 
 
 @cuda.jit
-def v1(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+def v1(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide):
     block = int64(cuda.grid(1))
     start = block << block_shift
     end = min(start + (int64(1) << block_shift), n)
@@ -127,30 +149,10 @@ def code_by_comparing(s, thresholds, numbering):
 
 
 @cuda.jit(device=True, inline="always")
-def cell_of(s):
-    """round(15 s + 16), 1..31 for s in [-1, 1]: adding 2^23 leaves the integer in the lowest bits of the float."""
-    return uint32(float_bits(fused(s, float32(15), float32(2**23 + 16))) & uint32(2 * CELLS - 1))
-
-
-@cuda.jit(device=True, inline="always")
-def fill_cells(cell, boundaries, numbering, threshold, code_below):
-    """Write what thread `cell` knows of its cell; return whether one comparison is NOT enough there.
-
-    cell_of never decreases, so boundaries of earlier cells are below every s of this one and those of later cells are
-    not. What is left is one boundary at most, and two codes, the upper of which must be the lower plus 1.
-    """
-    below = inside = 0
-    bound = float32(math.inf)
-    for b in range(15):
-        boundary = boundaries[b]
-        home = cell_of(max(float32(-1.05), min(boundary, float32(1.05))))  # 0 and 32 hold what lies beyond the ends
-        below += 1 if home < cell else 0
-        inside += 1 if home == cell else 0
-        bound = boundary if home == cell else bound
-    threshold[cell] = bound
-    code = (numbering >> (4 * below)) & 15
-    code_below[cell] = uint32(code)
-    return inside > 1 or (inside == 1 and (numbering >> (4 * below + 4)) & 15 != code + 1)
+def fill(table, cells):
+    for c in range(cuda.threadIdx.x, CELLS, cuda.blockDim.x):
+        table[c] = cells[c]
+    cuda.syncthreads()
 
 
 @cuda.jit(device=True, inline="always")
@@ -179,7 +181,7 @@ def write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check):
 
 
 @cuda.jit
-def v2(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
+def v2(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide):
     thresholds = cuda.shared.array(15, float32)
     scratch = cuda.shared.array(16, uint32)
     raw = cuda.local.array(8, uint32)
@@ -201,73 +203,63 @@ def v2(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wi
 
 
 @cuda.jit(device=True, inline="always")
-def codes_of_group(values, crowded, boundaries, numbering, threshold, code_below):
-    """Eight codes in one uint32; a codebook that the cells do not suit is searched by comparing."""
+def cell_of(s):
+    """round(128 s) // 8, modulo 64: 48..63 below zero, 0..16 above."""
+    return (float_bits(s * float32(128) + float32(ALIGN)) >> uint32(3)) & uint32(CELLS - 1)
+
+
+@cuda.jit(device=True, inline="always")
+def codes_of_group(values, table):
+    """Eight codes in one uint32."""
     word = uint32(0)
-    if crowded:
-        for k in range(8):
-            word = uint32(word | place(code_by_comparing(values[k], boundaries, numbering), k))
-    else:
-        for k in range(8):  # from the highest nibble down: elements 6, 7, 4, 5, 2, 3, 0, 1
-            s = values[k ^ 6]
-            cell = cell_of(s)
-            word = uint32(uint32(word << uint32(4)) + code_below[cell])
-            word = uint32(word + uint32(1)) if s > threshold[cell] else word
+    for k in range(8):  # from the highest nibble down: elements 6, 7, 4, 5, 2, 3, 0, 1
+        s = values[k ^ 6]
+        cell = table[cell_of(s)]
+        word = uint32(uint32(word << uint32(4)) + uint32(cell >> uint64(32)))
+        word = uint32(word + uint32(1)) if s > bits_float(uint32(cell & uint64(0xFFFFFFFF))) else word
     return word
 
 
 @cuda.jit
-def v3(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
-    threshold = cuda.shared.array(SLOTS, float32)
-    code_below = cuda.shared.array(SLOTS, uint32)
+def v3(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    table = cuda.shared.array(CELLS, uint64)
     scratch = cuda.shared.array(16, uint32)
     raw = cuda.local.array(8, uint32)
     values = cuda.local.array(8, float32)
     i = int64(cuda.grid(1))
     lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw)
-    crowded = False
-    if cuda.threadIdx.x < CELLS:
-        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
-    crowded = cuda.syncthreads_or(int32(crowded))
+    fill(table, cells)
     bits = finish_reading(x, i, n, wide, raw, values)
     bits = block_absmax_bits(bits, lanes, scratch)
     write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
     normalise(values, bits_float(bits))
-    word = codes_of_group(values, crowded, boundaries, numbering, threshold, code_below)
-    write_group(packed, i, n, wide, word)
+    write_group(packed, i, n, wide, codes_of_group(values, table))
 
 
 @cuda.jit
-def v4(x, boundaries, packed, absmax, flag, n, block_shift, numbering, check, wide):
-    threshold = cuda.shared.array(SLOTS, float32)
-    code_below = cuda.shared.array(SLOTS, uint32)
+def v4(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    table = cuda.shared.array(CELLS, uint64)
     scratch = cuda.shared.array(16, uint32)
     raw_i = cuda.local.array(8, uint32)
     raw_j = cuda.local.array(8, uint32)
-    values_i = cuda.local.array(8, float32)
-    values_j = cuda.local.array(8, float32)
+    values = cuda.local.array(8, float32)
     i = int64(cuda.blockIdx.x) * (2 * cuda.blockDim.x) + cuda.threadIdx.x
     j = i + cuda.blockDim.x
     lanes = int32(1 << (block_shift - 3))
     start_reading(x, i, wide, raw_i)
     start_reading(x, j, wide, raw_j)
-    crowded = False
-    if cuda.threadIdx.x < CELLS:
-        crowded = fill_cells(cuda.threadIdx.x, boundaries, numbering, threshold, code_below)
-    crowded = cuda.syncthreads_or(int32(crowded))
-    bits_i = finish_reading(x, i, n, wide, raw_i, values_i)
-    bits_j = finish_reading(x, j, n, wide, raw_j, values_j)
-    bits_i = block_absmax_bits(bits_i, lanes, scratch)
-    bits_j = block_absmax_bits(bits_j, lanes, scratch)
-    write_absmax(absmax, flag, i, n, block_shift, lanes, bits_i, check)
-    write_absmax(absmax, flag, j, n, block_shift, lanes, bits_j, check)
-    normalise(values_i, bits_float(bits_i))
-    normalise(values_j, bits_float(bits_j))
-    word_i = codes_of_group(values_i, crowded, boundaries, numbering, threshold, code_below)
-    word_j = codes_of_group(values_j, crowded, boundaries, numbering, threshold, code_below)
-    write_group(packed, i, n, wide, word_i)
-    write_group(packed, j, n, wide, word_j)
+    fill(table, cells)
+    bits = finish_reading(x, i, n, wide, raw_i, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check)
+    normalise(values, bits_float(bits))
+    write_group(packed, i, n, wide, codes_of_group(values, table))
+    bits = finish_reading(x, j, n, wide, raw_j, values)
+    bits = block_absmax_bits(bits, lanes, scratch)
+    write_absmax(absmax, flag, j, n, block_shift, lanes, bits, check)
+    normalise(values, bits_float(bits))
+    write_group(packed, j, n, wide, codes_of_group(values, table))
 
 
 VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
