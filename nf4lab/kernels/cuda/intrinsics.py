@@ -19,6 +19,10 @@
     fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x
     load16(data, i, words, k)  bytes 16i..16i+15 into words[k:k + 4], one load    data on 16 bytes
+    load8_bytes(data, i, words)  bytes 8i..8i+7 into words[0:2], one load    data on 8 bytes
+    copy16(shared, place, data, i)  start to copy bytes 16i..16i+15 of data to word `place` of shared; copy4: 4 bytes
+    commit_copies()          close a group of this thread's copies
+    waiting_for_copies(m)    gives a function that waits until all but the last m groups are there
     pack_half(low, high)     two float32 rounded to float16, in one uint32
     has_float16_range(x)     whether x is float16, a constant when compiled
     multiply_16x16x8(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)
