@@ -81,14 +81,12 @@ def test_kernels_in_use_access_16_bytes_without_float64_or_spills(name, kernel, 
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
-@pytest.mark.parametrize("x", [HALF, BFLOAT], ids=str)
-@pytest.mark.parametrize("stages", [gemv_kernels.LEAST_STAGES, gemv_kernels.MOST_STAGES])
-def test_tensor_core_gemv_fits_its_registers_and_copies_16_bytes(stages, x, capability):
-    kernel, limit = gemv_kernels.tensor_cores(stages), gemv_kernels.MAX_REGISTERS
-    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(x), capability, max_registers=limit)
+@pytest.mark.parametrize("fragments", gemv_kernels.TENSOR_CORES)
+def test_tensor_core_gemv_fits_its_registers(fragments, capability):
+    kernel, limit = gemv_kernels.TENSOR_CORES[fragments], gemv_kernels.MAX_REGISTERS
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(BFLOAT), capability, max_registers=limit)
     assert_lean(ptx, local_bytes)
-    assert ptx.count("mma.sync") == 8 and re.search(r"cp\.async\.cg\.shared\.global .*, 16;", ptx)
-    assert f"cp.async.wait_group {stages - 2};" in ptx
+    assert ptx.count("mma.sync") == 16 * fragments and re.search(r"ld\.global(\.nc)?\.v4", ptx)
 
 
 TEACHING = {

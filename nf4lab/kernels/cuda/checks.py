@@ -8,15 +8,19 @@ FLOAT32, BYTE, TABLE = (torch.float32,), (torch.uint8,), (torch.int64,)
 
 
 def expect(name, tensor, dtypes, count, device):
-    """ValueError or TypeError unless `tensor` is contiguous, on `device`, of one of `dtypes`, with `count` elements."""
-    if tensor.numel() == count and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
+    """ValueError or TypeError unless `tensor` is contiguous, on `device`, of one of `dtypes`, with `count` elements.
+
+    device: the number that get_device() gives, -1 for the CPU.
+    """
+    if tensor.numel() == count and tensor.dtype in dtypes and tensor.get_device() == device and tensor.is_contiguous():
         return
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     if tensor.numel() != count:
         raise ValueError(f"{name} must have {count} elements; got {tensor.numel()}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the rest; got {tensor.device}")
+    if tensor.get_device() != device:
+        there = "the CPU" if device < 0 else f"cuda:{device}"
+        raise ValueError(f"{name} must be on {there} like the rest; got {tensor.device}")
     raise ValueError(f"{name} must be contiguous; got strides {tuple(tensor.stride())}")
 
 

@@ -2,29 +2,22 @@
 
 v1  a warp a row of W, one code at a time: the kernel that teaches; takes every shape and block size
 v2  the levels in shared memory, 16 bytes of codes a load, each block's absmax applied to a sum instead of to values
-v3  tensor cores: two codes become two float16 by ONE table lookup, 16 rows of W at once, for up to 8 rows of x in one
-    pass over W; the next codes are copied to shared memory while these are multiplied
-v4  the same with the codes of several steps under way, as many as shared memory holds: the one in use
+v3  tensor cores: two codes become two float16 by ONE table lookup, 16 rows of W at once, the next codes under way
+    while these are multiplied; takes up to 16 rows of x in one pass over W: the one in use
 
 All take (x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y, rows, n, k, block_shift,
 group_shift, nested, has_bias). With `nested`, a block's absmax is code_map[code] * group_absmax + offset.
 """
 
-import functools
-
-from numba import config, cuda, float32, int64, uint32
+from numba import config, cuda, float32, int32, int64, uint32
 
 from .dequantize_kernels import decode
 from .intrinsics import (
     bits_float,
-    commit_copies,
-    copy4,
-    copy16,
     float_bits,
     has_float16_range,
     load,
     load8,
-    load8_bytes,
     load16,
     max_across,
     multiply_16x16x8,
@@ -32,21 +25,18 @@ from .intrinsics import (
     pair_at,
     store,
     sum_across,
-    waiting_for_copies,
     widen8,
 )
 
 EVERY_LANE = 0xFFFFFFFF
 ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
-WARPS = 16  # v3, v4: they share a tile of 16 rows of W, and split its columns
+WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
 THREADS = 32 * WARPS
-BATCH = 4  # 16-byte loads of x that a thread has under way at once
+BATCH = 4  # v3: 16-byte loads of x that a thread has under way at once
 BATCH_WORDS = 4 * BATCH
-MOST_ROWS = 8  # of x in one pass: as many as a tensor core step takes
-LEAST_STAGES, MOST_STAGES = 2, 6
-UPPER, MAGNITUDE = 0xFFFF0000, 0x7FFF0000  # of the two bfloat16 in a uint32, the upper one, and without its sign
-MAX_REGISTERS = 65536 // THREADS  # what a thread may have when a block of 16 warps is to fit
-STEP = 128  # columns that a warp takes at a time
+UPPER, MAGNITUDE = 0xFFFF0000, 0x7FFF0000  # v3: of the two bfloat16 in a uint32, the upper one, and without its sign
+MAX_REGISTERS = 65536 // THREADS  # v3: what a thread may have when a block of 16 warps is to fit
+STEP = 256  # v3: columns that a warp takes at a time
 
 
 @cuda.jit(device=True, inline="always")
@@ -121,40 +111,26 @@ def v2(
         finish(y, bias, has_bias, row * n + column, column, total)
 
 
-# v3, v4. Shared memory, in words of 4 bytes: the table of pairs, x as float16, the warps' sums (twice), the ring.
-PAIRS = 256 * 32  # 256 bytes x 32 lanes: every lane has its own copy, so no lookup waits for another
-SUMS = 2 * WARPS * 16  # for each row of x
-OF_A_WARP = 16 * 16 + 32  # a warp's part of a stage: 16 rows of 64 bytes of codes, and 32 absmax
-STAGE = WARPS * OF_A_WARP
+# v3. Shared memory, in words of 4 bytes: the table of pairs, zeros, x as float16, the warps' partial sums (twice).
+PAIRS_END = 256 * 64  # for each byte a copy for every lane, so that no lookup waits for another, and 32 words unused
+ZEROS = PAIRS_END + 16  # 16 words on: in other banks than the x that a warp reads at the same time
+X = ZEROS + 128 + 16
 
 
-def row_words(k):
-    """A row of x as float16, and 16 bytes more: so that a warp reads 8 rows without bank conflicts."""
-    return k // 2 + 4
-
-
-@functools.cache
-def plan(rows, k, limit):
-    """(rows of x in a pass, stages) that fit into `limit` bytes of shared memory; (0, 0) where not one row does."""
-    for some in range(min(rows, MOST_ROWS), 0, -1):
-        stages = (limit // 4 - PAIRS - some * (row_words(k) + SUMS)) // STAGE
-        if stages >= LEAST_STAGES:
-            passes = -(-rows // some)
-            return -(-rows // passes), min(stages, MOST_STAGES)
-    return 0, 0
-
-
-def shared_bytes(rows, k, stages):
-    return 4 * (PAIRS + rows * (row_words(k) + SUMS) + stages * STAGE)
+def shared_words(rows, k):
+    return X + rows * k // 2 + 2 * WARPS * rows * 16
 
 
 @cuda.jit(device=True, inline="always")
 def fill_pairs(shared, levels, lane, warp):
-    """shared[32 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half."""
+    """shared[64 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half.
+
+    Every lane loads one level and gets the others from its neighbours: 16 loads would wait for one another.
+    """
     level = levels[lane & 15]
     high = cuda.shfl_sync(EVERY_LANE, level, warp)
     for low in range(16):
-        shared[(16 * warp + low) * 32 + lane] = pack_half(high, cuda.shfl_sync(EVERY_LANE, level, low))
+        shared[uint32((16 * warp + low) * 64 + lane)] = pack_half(high, cuda.shfl_sync(EVERY_LANE, level, low))
 
 
 @cuda.jit(device=True, inline="always")
@@ -175,7 +151,7 @@ def greater_of_two(word):
 
 
 @cuda.jit(device=True, inline="always")
-def greatest_x(x, vectors, raw, shared, place):
+def greatest_x(x, vectors, raw, shared, end):
     """Bits of max |x|, the same in every thread, for bfloat16 x. `raw` holds this thread's first vectors."""
     more = cuda.local.array(BATCH_WORDS, uint32)
     bits = uint32(0)
@@ -185,9 +161,9 @@ def greatest_x(x, vectors, raw, shared, place):
         read_x(x, first, vectors, more)
         for e in range(BATCH_WORDS):
             bits = max(bits, greater_of_two(more[e]))
-    shared[place + (cuda.threadIdx.x >> 5)] = max_across(bits, 32)
+    shared[end + (cuda.threadIdx.x >> 5)] = max_across(bits, 32)
     cuda.syncthreads()
-    return max_across(shared[place + (cuda.threadIdx.x & (WARPS - 1))], WARPS)
+    return max_across(shared[end + (cuda.threadIdx.x & (WARPS - 1))], WARPS)
 
 
 @cuda.jit(device=True, inline="always")
@@ -199,185 +175,174 @@ def scaled_pair(x, word, scale):
 
 
 @cuda.jit(device=True, inline="always")
-def stage_x(x, vectors, of_a_row, scale, raw, shared):
-    """x * scale as float16 into shared memory, rows 16 bytes further apart than in x. `raw`: as in greatest_x."""
+def stage_x(x, vectors, scale, raw, shared):
+    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
+
+    `raw` holds this thread's first vectors, loaded earlier.
+    """
     for first in range(int64(cuda.threadIdx.x), vectors, BATCH * THREADS):
         if first >= BATCH * THREADS:
             read_x(x, first, vectors, raw)
         for j in range(BATCH):
             v = first + j * THREADS
             if v < vectors:
-                row = int64(0)
-                for m in range(1, MOST_ROWS):
-                    row += 1 if v >= m * of_a_row else 0
+                place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
                 for e in range(4):
-                    shared[PAIRS + 4 * (v + row) + e] = scaled_pair(x, raw[4 * j + e], scale)
+                    shared[uint32(place + e)] = scaled_pair(x, raw[4 * j + e], scale)
 
 
 @cuda.jit(device=True, inline="always")
-def pair(shared, word, b, lane_bytes):
-    """The two float16 of byte b of `word`: the byte times 128, the distance of two entries in a lane's table."""
-    spread = uint32(word << uint32(7)) if b == 0 else uint32(word >> uint32(8 * b - 7))
-    return pair_at(shared, spread, lane_bytes)
+def fetch(packed, first, of_8_rows, words):
+    """Set under way: a lane's 16 bytes, number `first` of all, of both 128 columns of a step, in rows g and g + 8."""
+    load16(packed, first, words, 0)
+    load16(packed, first + of_8_rows, words, 4)
+    load16(packed, first + 4, words, 8)
+    load16(packed, first + 4 + of_8_rows, words, 12)
 
 
 @cuda.jit(device=True, inline="always")
-def next_step(tile, chunk, warp, past):
-    """The (tile, chunk) that this warp takes after these: every 16th chunk, then the thread block's next tile."""
+def next_step(tile, chunk, start, warp, past, jump):
+    """(tile, chunk, start) that this warp takes after these: every 16th chunk, then the thread block's next tile."""
     if chunk + WARPS < past:
-        return tile, chunk + WARPS
-    return tile + cuda.gridDim.x, warp
+        return tile, int32(chunk + WARPS), start + WARPS * STEP
+    return int32(tile + cuda.gridDim.x), warp, start + jump
 
 
-@cuda.jit(device=True, inline="always")
-def fetch(
-    shared, place, my_codes, tile, chunk, lane, packed, absmax,
-    codes, group_absmax, offset, code_map, k, block_shift, group_shift, nested,
-):  # fmt: skip
-    """Set a step under way into this warp's part of a stage: 128 columns of 16 rows, and their absmax.
+def tensor_core_kernel(fragments):
+    """v3 for up to 4 * fragments rows of x.
 
-    Lane (g, t) copies 16 bytes of rows g and g + 8, and the absmax of the t % 2nd 64 columns of row g or, from t = 2
-    on, g + 8. A double-quantized absmax is decoded at once: its bytes are few and mostly in the nearest cache.
+    One tensor core step multiplies A (16 rows of W, 16 columns) by B (16 columns, 8). Lane (g, t) of a warp, g = lane
+    / 4 and t = lane % 4, holds rows g and g + 8 of A and column g of B. It gives A 32 codes of its rows, columns
+    32t.. of a piece of 128; any order of columns will do as long as x follows it. Lanes t = 0, 1 hold the piece's
+    first 64 columns, t = 2, 3 the last 64: column 2m of B is x's row m there and 0 elsewhere, column 2m + 1 the
+    opposite. So each 64 columns, which share an absmax, come out as a sum of their own, in lane t = m.
     """
-    g, t = lane >> 2, lane & 3
-    first = ((16 * tile + g) * k + chunk * STEP) >> 5
-    copy16(shared, place + my_codes, packed, first + t)
-    copy16(shared, place + my_codes + 128, packed, first + (k >> 2) + t)
-    block = ((16 * tile + g + 8 * (t >> 1)) * k + chunk * STEP + 64 * (t & 1)) >> block_shift
-    if nested:
-        value = decode(block, codes, group_absmax, offset, code_map, group_shift)
-        shared[place + 256 + lane] = float_bits(value)
-    else:
-        copy4(shared, place + 256 + lane, absmax, block)
-
-
-def tensor_core_kernel(stages):
-    """The kernel for up to 8 rows of x, with a ring of `stages` steps, all but one of them under way.
-
-    A warp takes a tile of 16 rows of W, 128 columns at a time. A tensor core step multiplies A (16 rows of W,
-    16 columns) by B (16 columns, 8 rows of x). Lane (g, t) of a warp, g = lane / 4 and t = lane % 4, holds rows g and
-    g + 8 of A and x's row g of B. Any order of columns will do, as long as both follow it: lane t takes columns 16t to
-    16t + 15 of each 64, 8 bytes of codes, in four steps. So the sums of 64 columns, which share an absmax, come out by
-    themselves. Lanes with no row of x repeat the last one, and what they get is left.
-    """
-    wait_for_the_next = waiting_for_copies(stages - 2)
+    four = 4 * fragments
+    chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
+    all_sums = four * chains
 
     @cuda.jit
-    def kernel(
+    def v3(
         x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
         rows, n, k, block_shift, group_shift, nested, has_bias,
     ):  # fmt: skip
         shared = cuda.shared.array(0, uint32)
+        words = cuda.local.array(16, uint32)
+        ahead = cuda.local.array(16, uint32)
+        a = cuda.local.array(8, uint32)
+        b = cuda.local.array(4, uint32)
+        b_at = cuda.local.array(fragments, int32)  # where this lane's part of B starts, in 16 bytes: in x, or zeros
         raw = cuda.local.array(BATCH_WORDS, uint32)
-        low_codes = cuda.local.array(2, uint32)  # of row g of the tile
-        high_codes = cuda.local.array(2, uint32)  # of row g + 8
-        b = cuda.local.array(8, uint32)
-        sums = cuda.local.array(4, float32)  # (row g, x's row 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-        totals = cuda.local.array(4, float32)
+        sums = cuda.local.array(all_sums, float32)
+        low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
+        high = cuda.local.array(fragments, float32)  # row g + 8
         thread = uint32(cuda.threadIdx.x)
         lane_bytes = uint32((thread & uint32(31)) * uint32(4))
-        lane, warp = int64(thread & uint32(31)), int64(thread >> uint32(5))
+        lane, warp = int32(thread & uint32(31)), int32(thread >> uint32(5))
         g, t = lane >> 2, lane & 3
-        tiles, chunks, of_a_row = n >> 4, k >> 7, (k >> 1) + 4
-        past = (chunks + WARPS - 1) & ~(WARPS - 1)
-        all_sums = PAIRS + rows * of_a_row
-        mine = all_sums + rows * SUMS + warp * OF_A_WARP
-        my_codes = 16 * g + 4 * (t ^ (g & 2))  # rows 2, 3, 6, 7 have their halves swapped, against bank conflicts
-        my_row = PAIRS + min(g, rows - 1) * of_a_row + 8 * t
-
-        tile, chunk = int64(cuda.blockIdx.x), warp
-        coming_tile, coming_chunk = tile, chunk
-        for stage in range(stages - 1):
-            if coming_tile < tiles and coming_chunk < chunks:
-                fetch(
-                    shared, mine + stage * STAGE, my_codes, coming_tile, coming_chunk, lane, packed, absmax,
-                    codes, group_absmax, offset, code_map, k, block_shift, group_shift, nested,
-                )  # fmt: skip
-            commit_copies()
-            coming_tile, coming_chunk = next_step(coming_tile, coming_chunk, warp, past)
+        tiles, chunks = int32(n >> 4), int32(k // STEP)
+        past = int32((chunks + WARPS - 1) & ~(WARPS - 1))
+        tile, chunk = int32(cuda.blockIdx.x), warp
+        start = 16 * k * cuda.blockIdx.x + warp * STEP  # the first element of the tile's first row in the chunk
+        jump = 16 * k * cuda.gridDim.x - (past - WARPS) * STEP  # from this warp's last chunk to its next tile's first
+        my_codes, my_block, of_8_rows = ((g * k) >> 5) + t, g * k + 64 * t, k >> 2
+        scale_low = scale_high = next_low = next_high = float32(0)
+        if chunk < chunks:
+            fetch(packed, (start >> 5) + my_codes, of_8_rows, words)
+            block = start + my_block
+            scale_low = absmax_of(
+                block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
+            scale_high = absmax_of(
+                (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+            )
 
         vectors = (rows * k) >> 3
         read_x(x, int64(thread), vectors, raw)
         fill_pairs(shared, levels, lane, warp)
+        if thread < uint32(X - PAIRS_END):
+            shared[uint32(PAIRS_END) + thread] = uint32(0)
+        end = X + ((rows * k) >> 1)
         scale = inverse = float32(1)
         if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
-            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, raw, shared, all_sums) >> uint32(23)))
+            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, raw, shared, end) >> uint32(23)))
             scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
-        stage_x(x, vectors, k >> 3, scale, raw, shared)
+        stage_x(x, vectors, scale, raw, shared)
         cuda.syncthreads()
 
-        for e in range(4):
-            totals[e] = float32(0)
-        stage, last, buffer = int64(0), int64(stages - 1), int64(0)
-        turn = thread  # which warp adds up moves on with every tile: none falls behind
+        x_rows = int32(rows)
+        mine = (t >> 1) == (g & 1)
+        b_step = int32(STEP // 8) if mine else int32(0)  # how much further it lies for the next chunk
+        for f in range(fragments):
+            m = min(4 * f + (g >> 1), x_rows - 1)  # what comes of rows that are not there is left
+            b_at[f] = int32(((X + ((m * k) >> 1) if mine else ZEROS) >> 2) + t)
+            low[f] = high[f] = float32(0)
+        buffer, turn = int32(0), int32(thread)  # which warp adds up moves on with every tile: none falls behind
         while tile < tiles:
-            wait_for_the_next()
-            cuda.syncwarp()
-            if coming_tile < tiles and coming_chunk < chunks:
-                fetch(
-                    shared, mine + last * STAGE, my_codes, coming_tile, coming_chunk, lane, packed, absmax,
-                    codes, group_absmax, offset, code_map, k, block_shift, group_shift, nested,
-                )  # fmt: skip
-            commit_copies()
-            coming_tile, coming_chunk = next_step(coming_tile, coming_chunk, warp, past)
+            next_tile, next_chunk, start = next_step(tile, chunk, start, warp, past, jump)
+            if next_tile < tiles and next_chunk < chunks:
+                fetch(packed, (start >> 5) + my_codes, of_8_rows, ahead)
+                block = start + my_block
+                next_low = absmax_of(
+                    block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                )
+                next_high = absmax_of(
+                    (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
+                )
             if chunk < chunks:
-                place = mine + stage * STAGE
-                my_absmax = bits_float(shared[place + 256 + lane])
-                for half in range(2):  # of the chunk: 64 columns
-                    at = (place + 16 * g + 4 * ((2 * half + (t >> 1)) ^ (g & 2)) + 2 * (t & 1)) >> 1
-                    load8_bytes(shared, at, low_codes)
-                    load8_bytes(shared, at + 64, high_codes)
-                    for part in range(2):
-                        load16(shared, ((my_row + chunk * 64 + 32 * half) >> 2) + part, b, 4 * part)
-                    for e in range(4):
-                        sums[e] = float32(0)
-                    for s in range(4):
-                        first, second = 2 * (s & 1), 2 * (s & 1) + 1
-                        multiply_16x16x8(
-                            sums,
-                            0,
-                            pair(shared, low_codes[s >> 1], first, lane_bytes),
-                            pair(shared, high_codes[s >> 1], first, lane_bytes),
-                            pair(shared, low_codes[s >> 1], second, lane_bytes),
-                            pair(shared, high_codes[s >> 1], second, lane_bytes),
-                            b[2 * s],
-                            b[2 * s + 1],
-                        )
-                    quad = (lane & 28) + half  # the lanes that hold these 64 columns' absmax
-                    low_absmax = cuda.shfl_sync(EVERY_LANE, my_absmax, quad)
-                    high_absmax = cuda.shfl_sync(EVERY_LANE, my_absmax, quad + 2)
-                    totals[0] += sums[0] * low_absmax
-                    totals[1] += sums[1] * low_absmax
-                    totals[2] += sums[2] * high_absmax
-                    totals[3] += sums[3] * high_absmax
-            if chunk + WARPS >= past:  # the tile is done: the 16 warps add up
-                for e in range(4):
-                    m = 2 * t + (e & 1)
-                    if m < rows:
-                        at = all_sums + ((buffer * WARPS + warp) * rows + m) * 16 + g + 8 * (e >> 1)
-                        shared[at] = float_bits(totals[e])
-                    totals[e] = float32(0)
+                for piece in range(2):
+                    for f in range(all_sums):
+                        sums[f] = float32(0)
+                    for j in range(4):
+                        for h in range(2):
+                            for r in range(2):  # row g, row g + 8
+                                word = words[8 * piece + 4 * r + j]
+                                a[4 * h + r] = pair_at(shared, word, 2 * h, lane_bytes)
+                                a[4 * h + r + 2] = pair_at(shared, word, 2 * h + 1, lane_bytes)
+                        for f in range(fragments):
+                            load16(shared, b_at[f] + chunk * b_step + 16 * piece + 4 * j, b, 0)
+                            for h in range(2):
+                                multiply_16x16x8(
+                                    sums, four * (h % chains) + 4 * f,
+                                    a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3], b[2 * h], b[2 * h + 1],
+                                )  # fmt: skip
+                    quad = (lane & 28) + 2 * piece  # the lane that holds these 64 columns' absmax
+                    low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
+                    low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
+                    high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
+                    high_1 = cuda.shfl_sync(EVERY_LANE, scale_high, quad + 1)
+                    for c in range(four, all_sums):
+                        sums[c - four] += sums[c]
+                    for f in range(fragments):
+                        low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
+                        high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1
+            for e in range(16):
+                words[e] = ahead[e]
+            scale_low, scale_high = next_low, next_high
+            if next_tile != tile:  # the tile is done: the 16 warps add up
+                sums_at = int32(end + buffer * WARPS * 16 * x_rows)
+                for f in range(fragments):
+                    m = 4 * f + t
+                    if m < x_rows:
+                        place = sums_at + (warp * x_rows + m) * 16 + g
+                        shared[uint32(place)] = float_bits(low[f])
+                        shared[uint32(place + 8)] = float_bits(high[f])
+                    low[f] = high[f] = float32(0)
                 cuda.syncthreads()
-                if turn < uint32(16 * rows):
+                if turn < 16 * x_rows:
                     total = float32(0)
                     for w in range(WARPS):
-                        total += bits_float(shared[all_sums + (buffer * WARPS + w) * rows * 16 + int64(turn)])
-                    column = 16 * tile + int64(turn & uint32(15))
-                    finish(y, bias, has_bias, int64(turn >> uint32(4)) * n + column, column, total * inverse)
-                turn = uint32((turn + uint32(32)) & uint32(THREADS - 1))
-                buffer = 1 - buffer
-            tile, chunk = next_step(tile, chunk, warp, past)
-            last = stage
-            stage = stage + 1 if stage + 1 < stages else int64(0)
+                        total += bits_float(shared[uint32(sums_at + w * 16 * x_rows + turn)])
+                    column = 16 * int64(tile) + (turn & 15)
+                    finish(y, bias, has_bias, (turn >> 4) * n + column, column, total * inverse)
+                if fragments < 4:  # with 16 rows half of the warps add up anyway, and registers are scarce
+                    turn = int32((turn + 32) & (THREADS - 1))
+                buffer = int32(1 - buffer)
+            tile, chunk = next_tile, next_chunk
 
-    return kernel
-
-
-@functools.cache
-def tensor_cores(stages):
-    """The kernel with that many stages, made when first asked for."""
-    return tensor_core_kernel(stages)
+    return v3
 
 
-VERSIONS = {"v1": v1, "v2": v2, "v3": tensor_core_kernel(2), "v4": tensor_core_kernel(MOST_STAGES)}
+TENSOR_CORES = {fragments: tensor_core_kernel(fragments) for fragments in (1, 2, 4)}
+VERSIONS = {"v1": v1, "v2": v2, "v3": TENSOR_CORES[1]}

@@ -14,15 +14,11 @@
     float_bits(x)            the 32 bits of a float32; bits_float(bits) goes back
     max_magnitude(bits, x)   bits of the greater of two magnitudes, one given as its bits; NaN counts as greatest
     max_magnitude8(x, raw)   the same of eight elements as load8 left them, 16-bit ones two at a time
-    pair_at(shared, spread, lane_bytes)  the uint32 at byte (spread & 0x7F80) | lane_bytes of shared memory
+    pair_at(shared, word, b, lane_bytes)  the uint32 at byte 256 * (byte b of word) + lane_bytes of shared memory
     multiply(a, b)           a * b rounded by itself: never fused with a following addition
     fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x
     load16(data, i, words, k)  bytes 16i..16i+15 into words[k:k + 4], one load    data on 16 bytes
-    load8_bytes(data, i, words)  bytes 8i..8i+7 into words[0:2], one load    data on 8 bytes
-    copy16(shared, place, data, i)  start to copy bytes 16i..16i+15 of data to word `place` of shared; copy4: 4 bytes
-    commit_copies()          close a group of this thread's copies
-    waiting_for_copies(m)    gives a function that waits until all but the last m groups are there
     pack_half(low, high)     two float32 rounded to float16, in one uint32
     has_float16_range(x)     whether x is float16, a constant when compiled
     multiply_16x16x8(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)

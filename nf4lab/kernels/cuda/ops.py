@@ -51,7 +51,7 @@ def dequantize(packed, absmax, levels, *, n, block_size, out, version="v4"):
     Raises TypeError or ValueError for a wrong dtype, count or block_size, RuntimeError where there is no GPU.
     """
     expect_block_size("block_size", block_size)
-    device = out.device
+    device = out.get_device()
     expect("out", out, FLOATS, n, device)
     expect("packed", packed, BYTE, (n + 1) // 2, device)
     expect("levels", levels, FLOAT32, 16, device)
@@ -119,7 +119,7 @@ def codebook(boundaries, codes=range(16), device="cuda") -> Codebook:
     codes = tuple(codes)
     if sorted(codes) != list(range(16)):
         raise ValueError(f"codes must be a permutation of 0..15; got {codes}")
-    expect("boundaries", boundaries, FLOAT32, 15, boundaries.device)
+    expect("boundaries", boundaries, FLOAT32, 15, boundaries.get_device())
     cells = quantize_kernels.cell_table(boundaries.cpu().numpy(), codes)
     cells = torch.empty(0, dtype=torch.int64) if cells is None else torch.from_numpy(cells).view(torch.int64)
     number = sum(code << (4 * position) for position, code in enumerate(codes))
@@ -137,7 +137,7 @@ def quantize(x, codebook, *, block_size, packed, absmax, check_finite=True, vers
     NaN or infinity raises ValueError with their number and the first position; that waits for the GPU.
     check_finite=False does not wait, and is what a CUDA graph can capture. Other errors as `dequantize`.
     """
-    n, device = x.numel(), x.device
+    n, device = x.numel(), x.get_device()
     boundaries, cells, numbering = codebook
     expect_block_size("block_size", block_size)
     expect_version(version, quantize_kernels.VERSIONS)
@@ -186,17 +186,17 @@ _quantize_op = define(
 )
 
 
-def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v4"):
+def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v3"):
     """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 16 rows of x (..., k) and packed W of shape (n, k).
 
     packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. The tensor core kernel (sm_80 on;
-    16-bit x; n a multiple of 16, k of 128; block_size at least 64) rounds the levels to float16, so a product may be
+    16-bit x; n a multiple of 16, k of 256; block_size at least 64) rounds the levels to float16, so a product may be
     off by 2^-11 of itself; every other case multiplies in float32, more slowly.
 
     Raises TypeError or ValueError for a wrong dtype, count or number of rows, RuntimeError where there is no GPU.
     """
     n, k = shape
-    device, rows = x.device, x.numel() // k
+    device, rows = x.get_device(), x.numel() // k
     expect_block_size("block_size", block_size)
     expect_version(version, gemv_kernels.VERSIONS)
     if x.shape[-1] != k or not 1 <= rows <= 16:
@@ -228,16 +228,16 @@ def _run_gemv(
     tensors = packed, absmax, codes, group_absmax, offset, code_map, levels, out if bias is None else bias
     shifts = block_size.bit_length() - 1, max(group_size, 1).bit_length() - 1
     numbers = n, k, *shifts, int(group_size > 0), int(bias is not None)
-    if version in ("v3", "v4") and wide and tensor_cores_fit(x, n, k, block_size):
-        most, stages = gemv_kernels.plan(rows, k, shared_limit(x.get_device()))
-        stages = 2 if version == "v3" else stages
+    if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
+        most = rows_that_fit(k, x.get_device())
         for first in range(0, rows, most):
             some = min(most, rows - first)
             some_x, some_out = (x, out) if some == rows else (t.view(rows, -1)[first : first + some] for t in (x, out))
+            args = some_x, *tensors, some_out, some, *numbers
+            kernel, room = gemv_kernels.TENSOR_CORES[1 if some <= 4 else 2 if some <= 8 else 4], shared_bytes(some, k)
             launch(
-                gemv_kernels.tensor_cores(stages), min(n // 16, processors(x.get_device())), gemv_kernels.THREADS,
-                (some_x, *tensors, some_out, some, *numbers), dtype=x.dtype,
-                shared_bytes=gemv_kernels.shared_bytes(some, k, stages), max_registers=gemv_kernels.MAX_REGISTERS,
+                kernel, min(n // 16, processors(x.get_device())), 32 * gemv_kernels.WARPS, args,
+                dtype=x.dtype, shared_bytes=room, max_registers=gemv_kernels.MAX_REGISTERS,
             )  # fmt: skip
     else:
         simple = version == "v1" or not wide or k % 32 or block_size < 32
@@ -246,17 +246,21 @@ def _run_gemv(
         launch(kernel, -(-rows * n // gemv_kernels.ROWS_OF_W), 32 * gemv_kernels.ROWS_OF_W, args, dtype=x.dtype)
 
 
+@functools.cache
+def shared_bytes(rows, k):
+    return 4 * gemv_kernels.shared_words(rows, k)
+
+
 def tensor_cores_fit(x, n, k, block_size):
-    if SIMULATOR or n % 16 or k % gemv_kernels.STEP or block_size < 64 or x.dtype == torch.float32:
-        return False
-    device = x.get_device()
-    return capability(device) >= (8, 0) and gemv_kernels.plan(1, k, shared_limit(device)) != (0, 0)
+    shape_fits = n % 16 == 0 and k % gemv_kernels.STEP == 0 and block_size >= 64 and x.dtype != torch.float32
+    return shape_fits and not SIMULATOR and capability(x.get_device()) >= (8, 0) and rows_that_fit(k, x.get_device())
 
 
 @functools.cache
-def shared_limit(device):
-    """Bytes of shared memory that a thread block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def rows_that_fit(k, device):
+    """How many rows of x, at most 16, leave room for the table in a thread block's shared memory."""
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max((rows for rows in range(1, 17) if shared_bytes(rows, k) <= limit), default=0)
 
 
 @functools.cache

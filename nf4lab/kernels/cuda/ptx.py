@@ -4,8 +4,6 @@ numba reads and writes at most 8 bytes at a time by itself; a vector load or sto
 (`ld.global.v4.u32`). PTX is needed only where LLVM has no word for it: packed conversions and lane exchange.
 """
 
-import functools
-
 from llvmlite import ir
 from numba import cuda, int32, types, uint32
 from numba.cuda.core.targetconfig import ConfigStack
@@ -13,16 +11,12 @@ from numba.cuda.extending import intrinsic
 
 __all__ = [
     "bits_float",
-    "commit_copies",
-    "copy4",
-    "copy16",
     "float_bits",
     "fused",
     "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
-    "load8_bytes",
     "load16",
     "load_codes",
     "max_across",
@@ -38,14 +32,12 @@ __all__ = [
     "store4",
     "store16",
     "sum_across",
-    "waiting_for_copies",
     "widen8",
 ]
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
-V2, V4 = ir.VectorType(I32, 2), ir.VectorType(I32, 4)
-VOID = ir.VoidType()
+V4 = ir.VectorType(I32, 4)
 LETTER = {I16: "h", I32: "r", I64: "l", F32: "f"}  # PTX's register classes
 
 
@@ -55,12 +47,8 @@ def compute_capability():
 
 
 def inline_ptx(builder, text, result, args, *, effect=False):
-    """Emit `text`; $0 is the result (VOID: there is none), then come the arguments.
-
-    `effect`: it reads or writes memory, or needs all lanes of the warp: it must neither move nor vanish.
-    """
-    results = [] if result == VOID else [f"={LETTER[result]}"]
-    constraints = results + [LETTER[a.type] for a in args] + ["~{memory}"] * effect
+    """Emit `text`; $0 is the result, $1… the arguments. `effect`: it must neither move nor vanish."""
+    constraints = [f"={LETTER[result]}"] + [LETTER[a.type] for a in args]
     function = ir.FunctionType(result, [a.type for a in args])
     call = builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effect), args)
     if effect:
@@ -317,15 +305,17 @@ def greatest_of(builder, words):
 
 
 @intrinsic
-def pair_at(typing, shared, spread, lane_bytes):
+def pair_at(typing, shared, word, byte, lane_bytes):
     def emit(context, builder, signature, args):
-        text = "lop3.b32 $0, $1, 0x7f80, $2, 0xea;"  # (spread & 0x7f80) | lane_bytes: 128 bytes apart, 4 a lane
-        offset = inline_ptx(builder, text, I32, list(args[1:]))
+        # bytes of the offset, lowest first: 4 lane, the chosen byte of `word`, 0, 0 (of lane_bytes: 4, 6, 7)
+        selector = builder.add(context.cast(builder, args[2], byte, types.uint32), ir.Constant(I32, 0x760))
+        selector = builder.or_(builder.shl(selector, ir.Constant(I32, 4)), ir.Constant(I32, 4))
+        offset = inline_ptx(builder, "prmt.b32 $0, $1, $2, $3;", I32, [args[1], args[3], selector])
         base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
         address = builder.gep(base, [builder.zext(offset, I64)])
         return builder.load(builder.bitcast(address, I32.as_pointer(address.type.addrspace)), align=4)
 
-    return types.uint32(shared, types.uint32, types.uint32), emit
+    return types.uint32(shared, types.uint32, byte, types.uint32), emit
 
 
 @intrinsic
@@ -339,67 +329,6 @@ def load16(typing, data, i, words, first):
         return context.get_dummy_value()
 
     return types.void(data, i, words, first), emit
-
-
-@intrinsic
-def load8_bytes(typing, data, i, words):
-    def emit(context, builder, signature, args):
-        vector = builder.load(at(context, builder, data, args[0], i, args[1], V2), align=8)
-        target = pointer_to(context, builder, words, args[2], I32)
-        for k in range(2):
-            word = builder.extract_element(vector, ir.Constant(I32, k))
-            builder.store(word, builder.gep(target, [ir.Constant(I64, k)]))
-        return context.get_dummy_value()
-
-    return types.void(data, i, words), emit
-
-
-def shared_address(context, builder, kind, array, index_kind, index):
-    """The 32-bit address, within shared memory, of element `index` of a shared uint32 array."""
-    pointer = at(context, builder, kind, array, index_kind, index, I32)
-    return builder.ptrtoint(builder.addrspacecast(pointer, I32.as_pointer(3)), I32)
-
-
-def async_copy(text, element):
-    """An intrinsic (shared, place, data, i): start to copy the i-th `element` of data to word `place` of shared."""
-
-    @intrinsic
-    def copy(typing, shared, place, data, i):
-        def emit(context, builder, signature, args):
-            target = shared_address(context, builder, shared, args[0], place, args[1])
-            source = at(context, builder, data, args[2], i, args[3], element)
-            inline_ptx(builder, text, VOID, [target, builder.ptrtoint(source, I64)], effect=True)
-            return context.get_dummy_value()
-
-        return types.void(shared, place, data, i), emit
-
-    return copy
-
-
-copy16 = async_copy("cp.async.cg.shared.global [$0], [$1], 16;", V4)
-copy4 = async_copy("cp.async.ca.shared.global [$0], [$1], 4;", I32)
-
-
-@intrinsic
-def commit_copies(typing):
-    def emit(context, builder, signature, args):
-        inline_ptx(builder, "cp.async.commit_group;", VOID, [], effect=True)
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@functools.cache
-def waiting_for_copies(pending):
-    @intrinsic
-    def wait(typing):
-        def emit(context, builder, signature, args):
-            inline_ptx(builder, f"cp.async.wait_group {pending};", VOID, [], effect=True)
-            return context.get_dummy_value()
-
-        return types.void(), emit
-
-    return wait
 
 
 @intrinsic

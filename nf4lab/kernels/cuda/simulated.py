@@ -9,16 +9,12 @@ import numpy as np
 
 __all__ = [
     "bits_float",
-    "commit_copies",
-    "copy4",
-    "copy16",
     "float_bits",
     "fused",
     "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
-    "load8_bytes",
     "load16",
     "load_codes",
     "max_across",
@@ -34,7 +30,6 @@ __all__ = [
     "store4",
     "store16",
     "sum_across",
-    "waiting_for_copies",
     "widen8",
 ]
 
@@ -132,19 +127,12 @@ def multiply_16x16x8(*_):
     raise NotImplementedError("the simulator has no tensor cores")
 
 
-copy4 = copy16 = commit_copies = load8_bytes = multiply_16x16x8  # used by no kernel without tensor cores
-
-
-def waiting_for_copies(pending):
-    return multiply_16x16x8
-
-
 def max_magnitude8(x, raw):
     return max(int(word) & 0x7FFFFFFF for word in raw)
 
 
-def pair_at(shared, spread, lane_bytes):
-    return shared[(int(spread) & 0x7F80 | int(lane_bytes)) >> 2]
+def pair_at(shared, word, byte, lane_bytes):
+    return shared[((int(word) >> 8 * byte & 255) * 256 + int(lane_bytes)) >> 2]
 
 
 def _exchange(value):
