@@ -283,7 +283,7 @@ def measure_host(samples, levels, codebook):
         record("host cost of a call", by, host_times_us(call, samples), call=operation)
 
 
-def provenance(args):
+def provenance(program):
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
@@ -304,9 +304,7 @@ def provenance(args):
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-        "block_size": BLOCK,
-        "weights": 2**args.log2_weights,
+        "command": " ".join(["python", program, *sys.argv[1:]]),
     }
 
 
@@ -335,7 +333,8 @@ def main():
     for part in args.only or parts:
         parts[part]()
         torch.cuda.empty_cache()
-    result = provenance(args) | {"copy_tbps": copy_tbps, "records": records}
+    result = provenance("benchmarks/gpu.py") | {"block_size": BLOCK, "weights": n, "copy_tbps": copy_tbps}
+    result["records"] = records
     path = args.results / f"{result['device'].replace(' ', '-').lower()}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -81,10 +81,11 @@ def test_kernels_in_use_access_16_bytes_without_float64_or_spills(name, kernel, 
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("x", [HALF, BFLOAT], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("fragments", gemv_kernels.TENSOR_CORES)
-def test_tensor_core_gemv_fits_its_registers(fragments, capability):
+def test_tensor_core_gemv_fits_its_registers(fragments, x, capability):
     kernel, limit = gemv_kernels.TENSOR_CORES[fragments], gemv_kernels.MAX_REGISTERS
-    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(BFLOAT), capability, max_registers=limit)
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(x), capability, max_registers=limit)
     assert_lean(ptx, local_bytes)
     assert ptx.count("mma.sync") == 16 * fragments and re.search(r"ld\.global(\.nc)?\.v4", ptx)
 

@@ -24,6 +24,7 @@ from .intrinsics import (
     pack_half,
     pair_at,
     store,
+    store16_words,
     sum_across,
     widen8,
 )
@@ -32,8 +33,6 @@ EVERY_LANE = 0xFFFFFFFF
 ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
 THREADS = 32 * WARPS
-BATCH = 4  # v3: 16-byte loads of x that a thread has under way at once
-BATCH_WORDS = 4 * BATCH
 UPPER, MAGNITUDE = 0xFFFF0000, 0x7FFF0000  # v3: of the two bfloat16 in a uint32, the upper one, and without its sign
 MAX_REGISTERS = 65536 // THREADS  # v3: what a thread may have when a block of 16 warps is to fit
 STEP = 256  # v3: columns that a warp takes at a time
@@ -134,9 +133,9 @@ def fill_pairs(shared, levels, lane, warp):
 
 
 @cuda.jit(device=True, inline="always")
-def read_x(x, first, vectors, raw):
-    """Set under way: this thread's BATCH vectors of eight elements, from `first` on; zeros past the end."""
-    for j in range(BATCH):
+def read_x(x, first, vectors, batch, raw):
+    """Set under way: `batch` of this thread's vectors of eight elements, from `first` on; zeros past the end."""
+    for j in range(batch):
         if first + j * THREADS < vectors:
             load16(x, first + j * THREADS, raw, 4 * j)
         else:
@@ -145,50 +144,46 @@ def read_x(x, first, vectors, raw):
 
 
 @cuda.jit(device=True, inline="always")
-def greater_of_two(word):
-    """Bits of the greater magnitude of two bfloat16 in one uint32, as a float32."""
-    return max(word & uint32(MAGNITUDE), uint32(word << uint32(16)) & uint32(MAGNITUDE))
+def place_of(v):
+    """Where vector v of x lies in shared memory: 4t + j of each 16 at 4j + t, as the lanes will read it."""
+    return (X >> 2) + (v & ~15) + 4 * (v & 3) + ((v >> 2) & 3)
 
 
 @cuda.jit(device=True, inline="always")
-def greatest_x(x, vectors, raw, shared, end):
-    """Bits of max |x|, the same in every thread, for bfloat16 x. `raw` holds this thread's first vectors."""
-    more = cuda.local.array(BATCH_WORDS, uint32)
-    bits = uint32(0)
-    for e in range(BATCH_WORDS):
-        bits = max(bits, greater_of_two(raw[e]))
-    for first in range(int64(cuda.threadIdx.x) + BATCH * THREADS, vectors, BATCH * THREADS):
-        read_x(x, first, vectors, more)
-        for e in range(BATCH_WORDS):
-            bits = max(bits, greater_of_two(more[e]))
-    shared[end + (cuda.threadIdx.x >> 5)] = max_across(bits, 32)
-    cuda.syncthreads()
-    return max_across(shared[end + (cuda.threadIdx.x & (WARPS - 1))], WARPS)
-
-
-@cuda.jit(device=True, inline="always")
-def scaled_pair(x, word, scale):
-    """Two elements of x, times scale, as float16 in one uint32. Scale is 1 for float16 x, whose bits stay."""
-    if has_float16_range(x):
-        return word
-    return pack_half(bits_float(uint32(word << uint32(16))) * scale, bits_float(word & uint32(UPPER)) * scale)
-
-
-@cuda.jit(device=True, inline="always")
-def stage_x(x, vectors, scale, raw, shared):
-    """x * scale as float16 into shared memory; vector 4t + j of each 16 goes to 4j + t, as the lanes will read it.
+def stage_x(x, vectors, batch, raw, shared):
+    """Copy x into shared memory; return the bits of this thread's greatest magnitude, if x is bfloat16.
 
     `raw` holds this thread's first vectors, loaded earlier.
     """
-    for first in range(int64(cuda.threadIdx.x), vectors, BATCH * THREADS):
-        if first >= BATCH * THREADS:
-            read_x(x, first, vectors, raw)
-        for j in range(BATCH):
-            v = first + j * THREADS
-            if v < vectors:
-                place = X + 4 * ((v & ~15) + 4 * (v & 3) + ((v >> 2) & 3))
-                for e in range(4):
-                    shared[uint32(place + e)] = scaled_pair(x, raw[4 * j + e], scale)
+    bits = uint32(0)
+    for first in range(int32(cuda.threadIdx.x), vectors, batch * THREADS):
+        if first >= batch * THREADS:
+            read_x(x, first, vectors, batch, raw)
+        for j in range(batch):
+            if first + j * THREADS < vectors:
+                store16_words(shared, place_of(first + j * THREADS), raw, 4 * j)
+        for e in range(4 * batch):
+            bits = max(bits, max(raw[e] & uint32(MAGNITUDE), uint32(raw[e] << uint32(16)) & uint32(MAGNITUDE)))
+    return bits
+
+
+@cuda.jit(device=True, inline="always")
+def greatest_of_all(bits, shared, end):
+    """The greatest `bits` of the thread block, the same in every thread."""
+    shared[uint32(end + (cuda.threadIdx.x >> 5))] = max_across(bits, 32)
+    cuda.syncthreads()
+    return max_across(shared[uint32(end + (cuda.threadIdx.x & (WARPS - 1)))], WARPS)
+
+
+@cuda.jit(device=True, inline="always")
+def scale_x(vectors, scale, words, shared):
+    """This thread's vectors, bfloat16, times scale, as float16 in the same place."""
+    for v in range(int32(cuda.threadIdx.x), vectors, THREADS):
+        load16(shared, place_of(v), words, 0)
+        for e in range(4):
+            low, high = bits_float(uint32(words[e] << uint32(16))), bits_float(words[e] & uint32(UPPER))
+            words[e] = pack_half(low * scale, high * scale)
+        store16_words(shared, place_of(v), words, 0)
 
 
 @cuda.jit(device=True, inline="always")
@@ -220,6 +215,8 @@ def tensor_core_kernel(fragments):
     four = 4 * fragments
     chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
     all_sums = four * chains
+    batch = 2 if fragments == 1 else 4  # 16-byte loads of x that a thread has under way at once
+    batch_words = 4 * batch
 
     @cuda.jit
     def v3(
@@ -232,7 +229,7 @@ def tensor_core_kernel(fragments):
         a = cuda.local.array(8, uint32)
         b = cuda.local.array(4, uint32)
         b_at = cuda.local.array(fragments, int32)  # where this lane's part of B starts, in 16 bytes: in x, or zeros
-        raw = cuda.local.array(BATCH_WORDS, uint32)
+        raw = cuda.local.array(batch_words, uint32)
         sums = cuda.local.array(all_sums, float32)
         low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
         high = cuda.local.array(fragments, float32)  # row g + 8
@@ -246,6 +243,9 @@ def tensor_core_kernel(fragments):
         start = 16 * k * cuda.blockIdx.x + warp * STEP  # the first element of the tile's first row in the chunk
         jump = 16 * k * cuda.gridDim.x - (past - WARPS) * STEP  # from this warp's last chunk to its next tile's first
         my_codes, my_block, of_8_rows = ((g * k) >> 5) + t, g * k + 64 * t, k >> 2
+        vectors = int32((rows * k) >> 3)
+        read_x(x, int32(thread), vectors, batch, raw)
+        fill_pairs(shared, levels, lane, warp)
         scale_low = scale_high = next_low = next_high = float32(0)
         if chunk < chunks:
             fetch(packed, (start >> 5) + my_codes, of_8_rows, words)
@@ -257,18 +257,15 @@ def tensor_core_kernel(fragments):
                 (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
             )
 
-        vectors = (rows * k) >> 3
-        read_x(x, int64(thread), vectors, raw)
-        fill_pairs(shared, levels, lane, warp)
         if thread < uint32(X - PAIRS_END):
             shared[uint32(PAIRS_END) + thread] = uint32(0)
         end = X + ((rows * k) >> 1)
-        scale = inverse = float32(1)
+        bits = stage_x(x, vectors, batch, raw, shared)
+        inverse = float32(1)
         if not has_float16_range(x):  # a power of two brings the greatest |x| to [2^14, 2^15): float16 loses nothing
-            exponent = max(uint32(15), min(uint32(254), greatest_x(x, vectors, raw, shared, end) >> uint32(23)))
-            scale = bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23)))
+            exponent = max(uint32(15), min(uint32(254), greatest_of_all(bits, shared, end) >> uint32(23)))
+            scale_x(vectors, bits_float(uint32(uint32(uint32(268) - exponent) << uint32(23))), raw, shared)
             inverse = bits_float(uint32(uint32(exponent - uint32(14)) << uint32(23)))
-        stage_x(x, vectors, scale, raw, shared)
         cuda.syncthreads()
 
         x_rows = int32(rows)

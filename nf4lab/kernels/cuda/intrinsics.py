@@ -19,6 +19,7 @@
     fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x
     load16(data, i, words, k)  bytes 16i..16i+15 into words[k:k + 4], one load    data on 16 bytes
+    store16_words(data, i, words, k)  the other way
     pack_half(low, high)     two float32 rounded to float16, in one uint32
     has_float16_range(x)     whether x is float16, a constant when compiled
     multiply_16x16x8(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)

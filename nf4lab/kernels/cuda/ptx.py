@@ -31,6 +31,7 @@ __all__ = [
     "store",
     "store4",
     "store16",
+    "store16_words",
     "sum_across",
     "widen8",
 ]
@@ -326,6 +327,18 @@ def load16(typing, data, i, words, first):
         target = builder.gep(pointer_to(context, builder, words, args[2], I32), [offset])
         for k, word in enumerate(vector):
             builder.store(word, builder.gep(target, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(data, i, words, first), emit
+
+
+@intrinsic
+def store16_words(typing, data, i, words, first):
+    def emit(context, builder, signature, args):
+        offset = context.cast(builder, args[3], first, types.int64)
+        source = builder.gep(pointer_to(context, builder, words, args[2], I32), [offset])
+        values = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(4)]
+        vector_store(builder, at(context, builder, data, args[0], i, args[1], V4), values)
         return context.get_dummy_value()
 
     return types.void(data, i, words, first), emit
