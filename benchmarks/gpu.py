@@ -283,6 +283,15 @@ def measure_host(samples, levels, codebook):
         record("host cost of a call", by, host_times_us(call, samples), call=operation)
 
 
+def command(program):
+    """How to make the record again; where it was written to is left out."""
+    words = sys.argv[1:]
+    if "--results" in words:
+        at = words.index("--results")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(["python", program, *words])
+
+
 def provenance(program):
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
@@ -304,7 +313,7 @@ def provenance(program):
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "command": " ".join(["python", program, *sys.argv[1:]]),
+        "command": command(program),
     }
 
 

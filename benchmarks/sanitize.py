@@ -1,4 +1,4 @@
-"""Run the GPU tests under compute-sanitizer, and write results/<device>-sanitizer.json with what it found.
+"""Run the GPU tests under compute-sanitizer, and write results/<device>-<tool>.json with what each tool found.
 
     python benchmarks/sanitize.py              memcheck and racecheck, some minutes on an H100
 
@@ -50,11 +50,13 @@ def main():
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     about = {"sanitizer": version.strip().splitlines()[-1], "expression": args.expression}
     result = provenance("benchmarks/sanitize.py") | about
-    result["checks"] = [check(tool, args.expression, args.limit_s) for tool in args.tools]
-    print(json.dumps(result["checks"], indent=1))
-    path = args.results / f"{torch.cuda.get_device_name().replace(' ', '-').lower()}-sanitizer.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path}")
+    device = torch.cuda.get_device_name().replace(" ", "-").lower()
+    for tool in args.tools:
+        checks = [check(tool, args.expression, args.limit_s)]
+        print(json.dumps(checks, indent=1))
+        path = args.results / f"{device}-{tool}.json"
+        path.write_text(json.dumps(result | {"checks": checks}, indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
