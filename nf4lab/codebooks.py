@@ -1,7 +1,7 @@
 """Where levels come from: quantiles, uniform grids, small floats, and the best levels for a density.
 
-Every function returns float32 levels indexed by code. Nothing here is a pasted table: the tests hold each
-derivation against the published one.
+Every function returns float32 levels indexed by code. Nothing here is a pasted table, but for IQ4_NL, which has no
+rule: the tests hold each derivation against the published one.
 """
 
 import numpy as np
@@ -52,6 +52,40 @@ def fp4() -> Tensor:
     magnitude = np.where(exponent == 0, mantissa * 2.0**-4, (1 + mantissa / 2) * 2.0 ** (4 - exponent))
     by_code = np.concatenate([magnitude, 0 - magnitude])  # 0 - x keeps the second zero positive
     return torch.from_numpy(by_code / magnitude.max()).float()
+
+
+def e2m1() -> Tensor:
+    """The 16 values of OCP's E2M1 by code, in its own units: float32 (16,), 0 to 6, then -0.0 to -6.
+
+    A sign bit, two exponent bits and one mantissa bit; exponent 0 holds the subnormals 0 and 0.5. Not bitsandbytes'
+    FP4, whose least positive value is 1/192 of the greatest; here it is 1/12.
+
+    >>> e2m1()[:8]
+    tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
+
+    Source: OCP Microscaling Formats 1.0, section 5.3.3.
+    """
+    exponent, mantissa = np.divmod(np.arange(8), 2)
+    magnitude = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    return torch.from_numpy(np.concatenate([magnitude, -magnitude])).float()
+
+
+def twos_complement(bits: int = 4) -> Tensor:
+    """The integers -2**(bits - 1) to 2**(bits - 1) - 1, ascending: float32 (2**bits,). All codes are used.
+
+    >>> twos_complement(3)
+    tensor([-4., -3., -2., -1.,  0.,  1.,  2.,  3.])
+    """
+    return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float32)
+
+
+def iq4_nl() -> Tensor:
+    """The 16 levels of llama.cpp's IQ4_NL, ascending integers from -127 to 113: float32 (16,), none of them zero.
+
+    They are llama.cpp's design and the one table in this file: no rule for them was published. A block's extreme
+    goes to -127. Source: llama.cpp, `kvalues_iq4nl`.
+    """
+    return torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]).float()
 
 
 def symmetric_int(bits: int = 4) -> Tensor:

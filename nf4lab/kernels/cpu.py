@@ -106,6 +106,12 @@ def absmax(values, block_size, scale):
 
 
 @jit
+def pick(condition, yes, no):
+    """One of two values. Both are ready, so the compiler selects and need not branch."""
+    return yes if condition else no
+
+
+@jit
 def in_order(bits):
     """int32 bits of a float32 to an int32 that is ordered as the floats are, and back: negatives are flipped."""
     return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(MAGNITUDE)))
@@ -157,6 +163,14 @@ def normalize(values, scale, location, block_size, normalized):
 
 
 @jit
+def lower_negative_zeros(normalized):
+    """-0.0 becomes the next float32 below zero: no comparison tells it from 0.0, and the two have codes of their own."""
+    bits = normalized.view(np.uint32)
+    for i in range(normalized.size):
+        bits[i] = pick(bits[i] == SIGN, np.uint32(SIGN | np.uint32(1)), bits[i])
+
+
+@jit
 def rank_by_counting(normalized, boundaries, ranks):
     """How many of the 15 boundaries lie below each value: uint8. NaN counts all, as torch.bucketize does."""
     for i in range(normalized.size):
@@ -164,12 +178,6 @@ def rank_by_counting(normalized, boundaries, ranks):
         for k in range(15):
             rank += np.uint8(not normalized[i] <= boundaries[k])
         ranks[i] = rank
-
-
-@jit
-def pick(condition, yes, no):
-    """One of two values. Both are ready, so the compiler selects and need not branch."""
-    return yes if condition else no
 
 
 @jit
@@ -203,12 +211,14 @@ def pack(ranks, recode, packed):
 @jit
 def quantize_chunk(values, table, search, normalization, block_size, scale, location, packed, scratch):
     """One chunk: constants, normalized values, ranks, bytes. Returns whether its values are finite."""
-    boundaries, recode = table
+    boundaries, recode, signed_zero = table
     normalized, ranks = scratch
     finite = make_constants(values, normalization, block_size, scale, location, normalized)
     normalize(values, scale, location, block_size, normalized)
     padded = values.size + values.size % 2
     normalized[values.size : padded] = 0  # an odd length is completed with the code of zero
+    if signed_zero:
+        lower_negative_zeros(normalized[: values.size])
     if search:
         rank_by_search(normalized[:padded], boundaries, ranks)
     else:
@@ -262,12 +272,12 @@ def quantize(x, kind, table, normalization, block_size, scale, location, packed,
     return all(in_threads(quantize_chunks, count(x), threads, read_only(x), *arguments))
 
 
-def codebook_table(boundaries, ascending):
-    """What `quantize` needs of a codebook of 2 to 16 levels: a tuple of 15 boundaries, and uint8 (256,) or (0,).
+def codebook_table(boundaries, ascending, signed_zero=False):
+    """What `quantize` needs of a codebook of 2 to 16 levels: 15 boundaries in a tuple, uint8 (256,) or (0,), a bool.
 
     boundaries: float32 (n_levels - 1,), ascending. ascending: (n_levels,), the codes in order of their levels.
-    Boundaries that are missing are infinite: no value lies above them. The second array turns two ranks in a byte
-    into two codes; it is empty where ranks are codes already.
+    Boundaries that are missing are infinite: no value lies above them. The array turns two ranks in a byte into two
+    codes; it is empty where ranks are codes already. The bool, signed_zero, says that -0.0 has a code of its own.
     """
     n_levels = len(ascending)
     codes = np.minimum(np.arange(16), n_levels - 1)  # NaN, above every boundary, takes the last level
@@ -276,7 +286,7 @@ def codebook_table(boundaries, ascending):
     recode = (codes[:, None] << 4 | codes).reshape(-1).astype(np.uint8)
     if np.array_equal(codes, np.arange(16)):
         recode = recode[:0]
-    return tuple(padded), recode
+    return tuple(padded), recode, signed_zero
 
 
 # ---- dequantize, v1
