@@ -189,8 +189,22 @@ def _constants(flat: Tensor, format: Format, block_size: int, tensor_scale: Tens
     chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size)) if whole else []
     if whole < flat.numel():
         chunks.append(flat[whole:].reshape(1, -1))
-    parts = [format.constants(chunk.float(), tensor_scale) for chunk in chunks]
+    search = functools.partial(_search, format=format, block_size=block_size)
+    parts = [format.constants(chunk.float(), tensor_scale, search) for chunk in chunks]
     return [None if None in column else torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _search(blocks: Tensor, trials: Tensor, location: Tensor | None, *, format: Format, block_size: int) -> Tensor:
+    """What `Format.least_squares` returns, by a kernel."""
+    from nf4lab.kernels import cpu
+
+    best = torch.empty(len(blocks), dtype=torch.int64)
+    levels = _padded(format.levels[format.ascending], 16, 0.0)
+    cpu.search(
+        _array(blocks), trials.numpy(), _array(location), _quantize_table(format)[0], levels.numpy(), block_size,
+        best.numpy(), _threads(),
+    )  # fmt: skip
+    return best
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ TIES = ("down", "up", "even")
 # Half-way from 448, the greatest E4M3, to the 480 that would follow. torch would store 448 for anything above it.
 E4M3_OVERFLOW = 464.0
 # What a searched scale is tried at, as factors of the unsearched one; that one first, since it wins ties.
-SEARCH = (1.0, *(k / 64 for k in range(44, 88) if k != 64))
+SEARCH = (1.0, *(k / 32 for k in range(19, 52) if k != 32))
 
 
 def absmax(blocks: Tensor) -> tuple[Tensor, None]:
@@ -188,19 +188,22 @@ class Format:
         return values if location is None else values + location[:, None]
 
     def constants(
-        self, blocks: Tensor, tensor_scale: Tensor | None = None
+        self, blocks: Tensor, tensor_scale: Tensor | None = None, search=None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Scale and location as stored, then scale and location that codes are made with: four of (n_blocks,)."""
+        """Scale and location as stored, then scale and location that codes are made with: four of (n_blocks,).
+
+        search: what does the work of `least_squares`, for a backend that has something faster.
+        """
         scale, location = self.normalize(blocks)
         scale = scale / self.extreme
+        stored = self.as_stored(scale, tensor_scale)
         stored_location = None if location is None else self.as_stored(location)
-        if self.search:
-            centred = blocks if location is None else blocks - stored_location[:, None]
-            stored = self._searched_scale(centred, scale, tensor_scale)
-        else:
-            stored = self.as_stored(scale, tensor_scale)
         if self.exact_codes:
             return stored, stored_location, scale, location
+        if self.search:
+            trials = self.as_stored(scale * torch.tensor(self.search, device=scale.device)[:, None], tensor_scale)
+            best = (search or self.least_squares)(blocks, _times(trials, tensor_scale), stored_location)
+            stored = trials.gather(0, best[None])[0]
         return stored, stored_location, _times(stored, tensor_scale), stored_location
 
     def as_stored(self, constants: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
@@ -221,26 +224,20 @@ class Format:
         greatest = torch.finfo(self.constants_dtype).max * abs(self.extreme)
         return x.abs().amax().float() / greatest if x.numel() else x.new_zeros((), dtype=torch.float32)
 
-    def trials(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-        """The scales that a search tries, as stored: float32 (n_blocks,) to (n_factors, n_blocks)."""
-        factors = torch.tensor(self.search, device=scale.device)
-        return self.as_stored(factors[:, None] * scale, tensor_scale)
+    def least_squares(self, blocks: Tensor, trials: Tensor, location: Tensor | None) -> Tensor:
+        """Which trial scale gives each block the least squared error: int64 (n_blocks,); of equal ones the first.
 
-    def _searched_scale(self, centred: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
-        """Of the trials, each block's of least squared error, as stored; of equal ones the first.
-
-        Errors are measured in units of the block's scale, in which they cannot overflow.
+        trials: float32 (n_trials, n_blocks). Errors are measured in units of the first, in which they can't overflow.
         """
-        trials, levels = self.trials(scale, tensor_scale), self.levels.to(centred.device)
-        used = _times(trials, tensor_scale)
-        for k, trial in enumerate(used):
+        centred = blocks if location is None else blocks - location[:, None]
+        best, least = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device), None
+        for k, trial in enumerate(trials):
             normalized = _normalized(centred, trial)
-            error = normalized - levels[self.nearest(normalized).int()]
-            squares = _sum_by_halves(error * error) * (trial / used[0]).square()
-            if k == 0:
-                best, least = trials[0].clone(), squares
-            lower = squares < least
-            best, least = torch.where(lower, trials[k], best), torch.where(lower, squares, least)
+            error = normalized - self.levels.to(blocks.device)[self.nearest(normalized).int()]
+            ratio = trial / trials[0]
+            cost = _sum_in_lanes(error * error) * (ratio * ratio)
+            least = cost if least is None else least
+            best, least = torch.where(cost < least, k, best), torch.where(cost < least, cost, least)
         return best
 
 
@@ -258,16 +255,18 @@ def _normalized(centred: Tensor, scale: Tensor) -> Tensor:
     return normalized
 
 
-def _sum_by_halves(values: Tensor) -> Tensor:
-    """The sum of each row, float32: the second half is added to the first until one is left.
+def _sum_in_lanes(values: Tensor) -> Tensor:
+    """The sum of each row, float32: every eighth value in a sum of its own, then those 8 by halves.
 
-    A fixed order of additions, so that every backend gets the same sum. A row is filled with zeros to a power of two.
+    A fixed order of additions, so that every backend gets the same sum. Rows are filled with zeros to a multiple of 8.
     """
-    width = values.shape[1]
-    values = torch.nn.functional.pad(values, (0, (1 << (width - 1).bit_length()) - width))
-    while values.shape[1] > 1:
-        values = values[:, : values.shape[1] // 2] + values[:, values.shape[1] // 2 :]
-    return values[:, 0]
+    groups = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
+    lanes = torch.zeros_like(groups[:, 0])
+    for group in groups.unbind(1):
+        lanes = lanes + group
+    for half in (4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
 
 
 FORMATS = {

@@ -164,7 +164,7 @@ def normalize(values, scale, location, block_size, normalized):
 
 @jit
 def lower_negative_zeros(normalized):
-    """-0.0 becomes the next float32 below zero: no comparison tells it from 0.0, and the two have codes of their own."""
+    """-0.0 becomes the next float32 below zero: no comparison tells it from 0.0, and it has a code of its own."""
     bits = normalized.view(np.uint32)
     for i in range(normalized.size):
         bits[i] = pick(bits[i] == SIGN, np.uint32(SIGN | np.uint32(1)), bits[i])
@@ -287,6 +287,83 @@ def codebook_table(boundaries, ascending, signed_zero=False):
     if np.array_equal(codes, np.arange(16)):
         recode = recode[:0]
     return tuple(padded), recode, signed_zero
+
+
+# ---- the search for a scale
+
+
+@jit
+def normalize_all(values, scale, location, block_size, normalized):
+    """`normalize`, without the slices that take most of the time in small blocks; a tiny scale goes to `normalize`."""
+    for b in range(scale.size):
+        start, stop = b * block_size, min((b + 1) * block_size, values.size)
+        reciprocal = np.float32(1) / scale[b]
+        if np.isinf(reciprocal):
+            normalize(values[start:stop], scale[b : b + 1], location[b : b + 1], block_size, normalized[start:stop])
+            continue
+        shift = location[b] if location.size else np.float32(0)
+        for i in range(start, stop):
+            normalized[i] = (values[i] - shift) * reciprocal
+
+
+@jit
+def square_errors(normalized, ranks, levels):
+    """Each normalized value replaced by the square of its distance from its level."""
+    for i in range(ranks.size):
+        error = normalized[i] - levels[ranks[i]]
+        normalized[i] = error * error
+
+
+@jit
+def sum_in_lanes(values, start, stop):
+    """The float32 sum of values[start:stop], a multiple of 8: every eighth in a sum of its own, then by halves."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+    for i in range(start, stop, 8):
+        s0, s1, s2, s3 = s0 + values[i], s1 + values[i + 1], s2 + values[i + 2], s3 + values[i + 3]
+        s4, s5, s6, s7 = s4 + values[i + 4], s5 + values[i + 5], s6 + values[i + 6], s7 + values[i + 7]
+    s0, s1, s2, s3 = s0 + s4, s1 + s5, s2 + s6, s3 + s7
+    return (s0 + s2) + (s1 + s3)
+
+
+@jit
+def search_chunks(first, last, x, trials, location, boundaries, levels, block_size, best):
+    """Chunks first..last-1 of `search`. Always True."""
+    normalized, ranks = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+    least = np.empty(CHUNK // block_size, np.float32)
+    blocks = CHUNK // block_size
+    for c in range(first, last):
+        values, b = x[c * CHUNK : (c + 1) * CHUNK], slice(c * blocks, (c + 1) * blocks)
+        chosen, unsearched = best[b], trials[0, b]
+        for k in range(trials.shape[0]):
+            scale = trials[k, b]
+            normalize_all(values, scale, location[b], block_size, normalized)
+            rank_by_search(normalized[: values.size], boundaries, ranks)
+            square_errors(normalized, ranks[: values.size], levels)
+            normalized[values.size :] = 0  # a short last block is filled up with zeros
+            for i in range(scale.size):
+                ratio = scale[i] / unsearched[i]
+                cost = sum_in_lanes(normalized, i * block_size, (i + 1) * block_size) * (ratio * ratio)
+                if k == 0 or cost < least[i]:
+                    least[i], chosen[i] = cost, k
+    return True
+
+
+def search(x, trials, location, boundaries, levels, block_size, best, threads=1):
+    """Which of its trial scales costs each block least, the first of equal ones, into best, int64 (n_blocks,).
+
+    x: float32 (n,). trials: float32 (n_trials, n_blocks). location: float32 (n_blocks,) or (0,). boundaries: the
+    tuple of 15 from `codebook_table`. levels: float32 (16,), ascending, those that are missing filled in with any.
+    Costs are measured in units of the first trial, in which they cannot overflow.
+    Raises ValueError where the lengths disagree or best is read-only.
+    """
+    check_lengths(x.size, block_size, best, location, np.empty((x.size + 1) // 2, np.uint8))
+    check_writeable(best)
+    if trials.shape[1:] != best.shape or levels.size != 16:
+        raise ValueError(
+            f"{best.size} blocks take trials (n, {best.size}) and 16 levels; got {trials.shape}, {levels.size}"
+        )
+    inputs = [read_only(array) for array in (x, trials, location)]
+    in_threads(search_chunks, count(x), threads, *inputs, boundaries, read_only(levels), block_size, best)
 
 
 # ---- dequantize, v1
