@@ -71,6 +71,12 @@ def test_every_block_size_gives_the_bytes_of_the_reference(block_size, format):
     assert_backends_agree(gaussian(2 * 4096 + 2 * block_size + 5), format, block_size)
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 512])
+def test_a_search_among_trials_that_differ_by_roundings_gives_the_bytes_of_the_reference(block_size):
+    factors = [1 + k * 2.0**-22 for k in range(12)]  # so close that the order of additions decides
+    assert_backends_agree(gaussian(2**16), nf4lab.FORMATS["nf4"].searched(factors), block_size)
+
+
 @pytest.mark.parametrize("double_quant", [True, "linear8", "linear4"])
 def test_double_quantized_tensors_give_the_bytes_of_the_reference(double_quant):
     assert_backends_agree(gaussian(100_001), "nf4", 64, double_quant)
