@@ -77,9 +77,10 @@ def of_range(block_size: float, density=scipy.stats.norm) -> Extremes:
     outside = np.minimum(density.cdf(a) + density.sf(c), 1)
     probability = block_size * (block_size - 1) * width * density.pdf(a) * density.pdf(c)
     probability = probability * np.exp((block_size - 2) * np.log1p(-outside))
-    likely = probability > 1e-15 * probability.max()
+    part = probability * (c - a) ** 2
+    likely = part > 1e-12 * part.max()
     nodes = Extremes(probability, np.stack([a, c], axis=1), a, c, 1 - outside)
-    return _checked(Extremes(*(part[likely] for part in nodes)))
+    return _checked(Extremes(*(column[likely] for column in nodes)))
 
 
 def magnitude_edges(block_size: float, density=scipy.stats.norm, breaks=()) -> np.ndarray:
@@ -106,11 +107,10 @@ def _panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A tail that falls like a power is smooth in the logarithm, and the tails of a bell are as well off there.
     """
     low, high = edges[:-1, None], edges[1:, None]
-    by_ratio = (low * high > 0) & (np.maximum(low / high, high / low) > 1)
-    sign = np.where(by_ratio, np.sign(low), 1.0)
-    a, b = (np.where(by_ratio, np.log(np.abs(np.where(by_ratio, e, 1.0))), e) for e in (low, high))
+    by_ratio = low * high > 0
+    a, b = (np.where(by_ratio, np.log(np.abs(np.where(by_ratio, end, 1.0))), end) for end in (low, high))
     t = (a + b) / 2 + (b - a) / 2 * NODES
-    x = np.where(by_ratio, sign * np.exp(np.where(by_ratio, t, 0.0)), t)
+    x = np.where(by_ratio, np.sign(low) * np.exp(np.where(by_ratio, t, 0.0)), t)
     width = np.abs(b - a) / 2 * WEIGHTS * np.where(by_ratio, np.abs(x), 1.0)
     return x.reshape(-1), width.reshape(-1)
 
