@@ -130,5 +130,7 @@ def _checked(nodes: Extremes) -> Extremes:
     """The nodes with probabilities that sum to 1. Raises ValueError where they were far from it."""
     total = nodes.probability.sum()
     if not abs(total - 1) < 1e-3:
-        raise ValueError(f"the quadrature over a block's extremes finds probability {total:.6g}, not 1, for this density")
+        raise ValueError(
+            f"the quadrature over a block's extremes finds probability {total:.6g}, not 1, for this density"
+        )
     return nodes._replace(probability=nodes.probability / total)

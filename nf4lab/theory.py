@@ -139,24 +139,21 @@ def _even_grid(step: float, density) -> tuple[float, float]:
 def _expected(format: Format, block_size: float, nodes: Extremes, constants: tuple, density) -> Expected:
     """The average over the nodes of k extreme weights and block_size - k weights between them."""
     k = nodes.elements.shape[1]
-    sums = np.zeros(2 + format.levels.numel())
-    for share, (x, probability) in (
-        (k / block_size, (nodes.elements[:, :, None], np.broadcast_to(1 / max(k, 1), (*nodes.elements.shape, 1)))),
-        (1 - k / block_size, _between(format, nodes, constants, density)),
-    ):
-        sums += share * _sums(format, x, probability * nodes.probability[:, None, None], constants)
+    at = nodes.elements[:, :, None], np.ones((*nodes.elements.shape, 1))  # each is a piece of one point
+    weighted = ((1 / block_size, at), (1 - k / block_size, _between(format, nodes, constants, density)))
+    sums = sum(share * _sums(format, *pieces, nodes.probability, constants) for share, pieces in weighted)
     return Expected(float(sums[0]), float(sums[1]), torch.from_numpy(sums[2:]))
 
 
 def _between(format: Format, nodes: Extremes, constants: tuple, density) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a weight between the extremes and their probabilities: float64 (n, n_pieces, n_nodes) each.
+    """Values of a weight between the extremes, and their probabilities: float64 (n, n_pieces, n_points) each.
 
     Pieces end where the code changes, where the error is zero, and at quantiles of the density.
     """
-    scale, location, decoded_scale, decoded_location = constants
+    scale, location, decoded_scale, decoded_location = (part[:, None] for part in constants)
     ends = [
-        location[:, None] + scale[:, None] * format.boundaries.double().numpy(),
-        decoded_location[:, None] + decoded_scale[:, None] * np.unique(format.levels.double().numpy()),
+        location + scale * format.boundaries.double().numpy(),
+        decoded_location + decoded_scale * np.unique(format.levels.double().numpy()),
         np.broadcast_to(density.ppf(QUANTILES), (len(scale), len(QUANTILES))),
         np.stack([nodes.low, nodes.high], axis=1),
     ]
@@ -164,17 +161,20 @@ def _between(format: Format, nodes: Extremes, constants: tuple, density) -> tupl
     ends = np.sort(np.clip(np.concatenate(ends, axis=1), *inside), axis=1)  # (n, n_pieces + 1)
     half = np.diff(ends)[:, :, None] / 2
     x = ends[:, :-1, None] + half * (1 + NODES)
-    return x, half * WEIGHTS * density.pdf(x) / nodes.share[:, None, None]
+    return x, half / nodes.share[:, None, None] * WEIGHTS * density.pdf(x)
 
 
-def _sums(format: Format, x: np.ndarray, probability: np.ndarray, constants: tuple) -> np.ndarray:
-    """Squared error, absolute error and the usage of each code, summed: float64 (2 + n_levels,)."""
-    scale, location, decoded_scale, decoded_location = (c[:, None, None] for c in constants)
-    rank = np.searchsorted(format.boundaries.double().numpy(), (x - location) / scale)
-    codes = format.ascending.numpy()[rank]
-    error = np.abs(x - decoded_location - decoded_scale * format.levels.double().numpy()[codes])
-    usage = np.bincount(codes.reshape(-1), probability.reshape(-1), format.levels.numel())
-    return np.array([(probability * error**2).sum(), (probability * error).sum(), *usage])
+def _sums(format: Format, x: np.ndarray, weight: np.ndarray, probability: np.ndarray, constants: tuple) -> np.ndarray:
+    """Squared error, absolute error and the usage of each code: float64 (2 + n_levels,). A piece has one code."""
+    scale, location, decoded_scale, decoded_location = (part[:, None] for part in constants)
+    rank = np.searchsorted(format.boundaries.double().numpy(), (x.mean(axis=2) - location) / scale)
+    codes = format.ascending.numpy()[rank]  # (n, n_pieces)
+    values = decoded_location + decoded_scale * format.levels.double().numpy()[codes]
+    error = np.abs(x - values[:, :, None])
+    mae = np.einsum("ijk,ijk,i", weight, error, probability)
+    mse = np.einsum("ijk,ijk,ijk,i", weight, error, error, probability)
+    usage = weight.sum(axis=2) * probability[:, None]
+    return np.array([mse, mae, *np.bincount(codes.reshape(-1), usage.reshape(-1), format.levels.numel())])
 
 
 def _constants(format: Format, elements: np.ndarray, largest: float) -> tuple:
@@ -184,7 +184,12 @@ def _constants(format: Format, elements: np.ndarray, largest: float) -> tuple:
     stored, decoded_location, scale, location = format.constants(blocks, tensor_scale)
     decoded_scale = stored if tensor_scale is None else stored * tensor_scale
     zero = torch.zeros(len(blocks))
-    parts = (scale, zero if location is None else location, decoded_scale, zero if location is None else decoded_location)
+    parts = (
+        scale,
+        zero if location is None else location,
+        decoded_scale,
+        zero if location is None else decoded_location,
+    )
     return tuple(part.double().numpy() for part in parts)
 
 
