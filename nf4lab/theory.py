@@ -202,7 +202,10 @@ def _jumps(format: Format, largest: float, block_size: float, density) -> np.nda
         return np.empty(0)
     edges = extremes.magnitude_edges(block_size, density)
     m = np.geomspace(edges[1], min(edges[-1], largest), 1024)
-    stored = lambda m: _constants(format, m[:, None], largest)[2]
+
+    def stored(m: np.ndarray) -> np.ndarray:
+        return _constants(format, m[:, None], largest)[2]
+
     at = np.flatnonzero(np.diff(stored(m)))
     low, high, before = m[at], m[at + 1], stored(m[at])
     for _ in range(30):
