@@ -5,7 +5,7 @@ the normalisation has one, a location. NF4 is a row of the table at the bottom.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -269,23 +269,51 @@ def _sum_in_lanes(values: Tensor) -> Tensor:
     return lanes[:, 0]
 
 
-FORMATS = {
-    row.name: row
-    for row in [
-        Format("nf4", codebooks.nf4()),
-        Format("fp4", codebooks.fp4()),
-        Format("int4", codebooks.symmetric_int(4)),
-        Format("uniform", codebooks.uniform(16), min_max),
-        Format("naive-quantile", codebooks.quantile_midpoints(16), mean_std),
-        Format("e2m1", codebooks.e2m1(), extreme=6, ties="even"),
-        Format("mxfp4", codebooks.e2m1(), power_of_two, torch.float8_e8m0fnu, extreme=4, block_size=32, ties="even"),
-        Format("nvfp4", codebooks.e2m1(), absmax, torch.float8_e4m3fn, extreme=6, tensor_scale=True, block_size=16,
-               ties="even"),
-        Format("q4_0", codebooks.twos_complement(4), signed_absmax, torch.float16, extreme=-8, block_size=32,
-               ties="up", exact_codes=True),
-        Format("iq4_nl", codebooks.iq4_nl(), signed_absmax, torch.float16, extreme=-127, block_size=32),
-    ]
-}  # fmt: skip
+class _Table(Mapping):
+    """Formats by name, each made when it is first asked for: some derive their levels, and importing need not wait."""
+
+    def __init__(self, rows: dict[str, Callable[[], Format]]):
+        self._rows, self._made = rows, {}
+
+    def __getitem__(self, name: str) -> Format:
+        if name not in self._made:
+            self._made[name] = self._rows[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _row(name: str, levels: Callable[[], Tensor], normalize: Normalization = absmax, *dtype, **rest) -> tuple:
+    return name, lambda: Format(name, levels(), normalize, *dtype, **rest)
+
+
+FORMATS = _Table(
+    dict(
+        [
+            _row("nf4", codebooks.nf4),
+            _row("fp4", codebooks.fp4),
+            _row("int4", codebooks.symmetric_int),
+            _row("uniform", codebooks.uniform, min_max),
+            _row("naive-quantile", codebooks.quantile_midpoints, mean_std),
+            _row("cube-root", codebooks.cube_root, mean_std),
+            _row("sf4", codebooks.sf4),
+            _row("af4", codebooks.af4),
+            _row("bof4", codebooks.bof4),
+            _row("bof4-s", codebooks.bof4_s, signed_absmax),
+            _row("e2m1", codebooks.e2m1, extreme=6, ties="even"),
+            _row("mxfp4", codebooks.e2m1, power_of_two, torch.float8_e8m0fnu, extreme=4, block_size=32, ties="even"),
+            _row("nvfp4", codebooks.e2m1, absmax, torch.float8_e4m3fn, extreme=6, tensor_scale=True, block_size=16,
+                 ties="even"),
+            _row("q4_0", codebooks.twos_complement, signed_absmax, torch.float16, extreme=-8, block_size=32,
+                 ties="up", exact_codes=True),
+            _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, extreme=-127, block_size=32),
+        ]
+    )
+)  # fmt: skip
 
 
 def as_format(format: str | Format) -> Format:

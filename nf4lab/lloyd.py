@@ -49,8 +49,9 @@ def of_density(block_size: float, power: int, signed: bool, density=scipy.stats.
     others = (block_size - 1) * at_ends * nodes.high / nodes.share
     height = density.pdf(np.multiply.outer(GRID, s)) @ others  # (801,)
     at_high = at_ends.sum() if signed else at_ends[nodes.elements[:, 0] > 0].sum()
-    mass, moment = (scipy.interpolate.make_interp_spline(GRID, y, k=5).antiderivative() for y in (height, GRID * height))
-    slope, table = mass.derivative(), mass(GRID)
+    slope, moment_slope = (scipy.interpolate.make_interp_spline(GRID, y, k=5) for y in (height, GRID * height))
+    mass, moment = slope.antiderivative(), moment_slope.antiderivative()
+    table = mass(GRID)
 
     def quantile(target: np.ndarray) -> np.ndarray:
         u = np.interp(target, table, GRID)
