@@ -7,7 +7,6 @@ error is an integral over the cells of the levels. `density` is a scipy.stats di
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.integrate
 import scipy.optimize
 import scipy.special
 import scipy.stats
@@ -51,8 +50,8 @@ def expected(
     >>> round(expected("nf4").mse, 6)
     0.00846
 
-    Raises ValueError for a density of infinite variance; for a searched scale, which depends on all weights of a
-    block at once, and for a normalisation of one's own: both are for sampling.
+    Raises ValueError for a density of infinite variance, and for what is left to sampling: a searched scale, which
+    depends on all weights of a block at once, a normalisation of one's own, two constants of 8 bits each.
     """
     format = as_format(format)
     block_size = format.block_size if block_size is None else block_size
@@ -183,14 +182,8 @@ def _constants(format: Format, elements: np.ndarray, largest: float) -> tuple:
     tensor_scale = format.scale_of_tensor(torch.tensor([largest]))
     stored, decoded_location, scale, location = format.constants(blocks, tensor_scale)
     decoded_scale = stored if tensor_scale is None else stored * tensor_scale
-    zero = torch.zeros(len(blocks))
-    parts = (
-        scale,
-        zero if location is None else location,
-        decoded_scale,
-        zero if location is None else decoded_location,
-    )
-    return tuple(part.double().numpy() for part in parts)
+    parts = scale, location, decoded_scale, decoded_location
+    return tuple(np.zeros(len(blocks)) if part is None else part.double().numpy() for part in parts)
 
 
 def _jumps(format: Format, largest: float, block_size: float, density) -> np.ndarray:
@@ -234,7 +227,7 @@ def _studentized(format: Format, block_size: float, density) -> Expected:
         raise ValueError("expected errors by mean and deviation are known for a normal density only")
     half, widest = block_size / 2 - 1, np.sqrt(block_size - 1)
     normalized = scipy.stats.beta(half, half, loc=-widest, scale=2 * widest)
-    error = known_scale(format.levels, normalized)
+    error = known_scale(format.levels / format.extreme, normalized)
     mean = np.exp(scipy.special.gammaln(block_size / 2) - scipy.special.gammaln((block_size - 1) / 2))
     deviation = density.std() * np.sqrt(2 / block_size) * mean
     variance = density.var() * (block_size - 1) / block_size
@@ -248,5 +241,8 @@ def _check(format: Format, block_size: float, density) -> None:
         raise ValueError(f"no quadrature for {how} of format {format.name!r}: quantize a sample instead")
     if not np.isfinite(density.var()):
         raise ValueError(f"expected errors need a density of finite variance; got variance {density.var()}")
-    if not block_size >= 2:
-        raise ValueError(f"a block has 2 weights or more; got block_size {block_size}")
+    if format.constants_dtype.itemsize == 1 and format.normalize in (formats.min_max, formats.mean_std):
+        raise ValueError(f"no quadrature for two constants in {format.constants_dtype}: quantize a sample instead")
+    fewest = 4 if format.normalize is formats.mean_std else 2
+    if not block_size >= fewest:
+        raise ValueError(f"a block of format {format.name!r} has {fewest} weights or more; got block_size {block_size}")

@@ -173,8 +173,12 @@ def test_what_no_quadrature_covers_is_refused():
         theory.expected("nf4", 64, scipy.stats.t(2))
     with pytest.raises(ValueError, match="known for a normal density only"):
         theory.expected("naive-quantile", 64, scipy.stats.laplace)
-    with pytest.raises(ValueError, match="2 weights or more; got block_size 1"):
+    with pytest.raises(ValueError, match="'nf4' has 2 weights or more; got block_size 1"):
         theory.expected("nf4", 1)
+    with pytest.raises(ValueError, match="'naive-quantile' has 4 weights or more; got block_size 3"):
+        theory.expected("naive-quantile", 3)
+    with pytest.raises(ValueError, match=r"no quadrature for two constants in torch\.float8_e4m3fn"):
+        theory.expected(replace(nf4lab.FORMATS["uniform"], constants_dtype=torch.float8_e4m3fn))
 
 
 def test_an_expected_error_takes_less_than_50_ms():
