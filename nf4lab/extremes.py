@@ -77,19 +77,18 @@ def of_range(block_size: float, density=scipy.stats.norm) -> Extremes:
     outside = np.minimum(density.cdf(a) + density.sf(c), 1)
     probability = block_size * (block_size - 1) * width * density.pdf(a) * density.pdf(c)
     probability = probability * np.exp((block_size - 2) * np.log1p(-outside))
-    part = probability * (c - a) ** 2
-    likely = part > 1e-12 * part.max()
-    nodes = Extremes(probability, np.stack([a, c], axis=1), a, c, 1 - outside)
-    return _checked(Extremes(*(column[likely] for column in nodes)))
+    return _checked(Extremes(probability, np.stack([a, c], axis=1), a, c, 1 - outside))
 
 
 def magnitude_edges(block_size: float, density=scipy.stats.norm, breaks=()) -> np.ndarray:
-    """The ends of panels that cover the largest magnitude of a block: float64, ascending from 0
-    to where neither its probability nor its part of the variance is left above."""
+    """The ends of panels that cover the largest magnitude of a block: float64, ascending from 0.
+
+    Beyond the last, neither a probability nor a part of the variance is left that matters.
+    """
     expected = [41, 10, 3, 1, 0.2, 1e-2, 1e-4, 1e-7, 1e-11, 1e-16]  # how many of the block lie beyond, on average
     edges = _largest(expected, block_size, density)
     typical = edges[3]
-    while expected[-1] > 1e-250 and expected[-1] * edges[-1] ** 2 > 1e-13 * typical**2:
+    while expected[-1] > 1e-250 and expected[-1] * edges[-1] ** 2 > 1e-9 * typical**2:
         expected.append(expected[-1] * 1e-8)
         edges = _largest(expected, block_size, density)
     inside = [b for b in breaks if edges[0] < b < edges[-1]]
@@ -127,10 +126,12 @@ def _all_within(m: np.ndarray, count: float, density) -> np.ndarray:
 
 
 def _checked(nodes: Extremes) -> Extremes:
-    """The nodes with probabilities that sum to 1. Raises ValueError where they were far from it."""
+    """The nodes that matter, with probabilities that sum to 1. Raises ValueError where they were far from it."""
     total = nodes.probability.sum()
     if not abs(total - 1) < 1e-3:
         raise ValueError(
             f"the quadrature over a block's extremes finds probability {total:.6g}, not 1, for this density"
         )
-    return nodes._replace(probability=nodes.probability / total)
+    part = nodes.probability * (nodes.high - nodes.low) ** 2
+    likely = part > 1e-12 * part.max()
+    return Extremes(*(column[likely] for column in nodes._replace(probability=nodes.probability / total)))
