@@ -5,7 +5,9 @@ drawn from. One fact makes everything computable: given its extremes, the other 
 each other and follow the density cut off at the extremes. An expectation over a block is then an integral over the
 extremes, done here as a sum over quadrature nodes, of integrals over a single weight.
 
-`density` is a scipy.stats distribution, frozen or not, or any object with its pdf, cdf, sf, ppf, isf and support.
+`density` is a scipy.stats distribution, frozen or not, or any object with its pdf, cdf, sf, ppf, isf and support. The
+pdf has to be smooth but for a kink at the median; one in steps, as a histogram's, is refused where the quadrature
+misses it by a thousandth.
 """
 
 from typing import NamedTuple
@@ -130,7 +132,8 @@ def _checked(nodes: Extremes) -> Extremes:
     total = nodes.probability.sum()
     if not abs(total - 1) < 1e-3:
         raise ValueError(
-            f"the quadrature over a block's extremes finds probability {total:.6g}, not 1, for this density"
+            f"the quadrature over a block's extremes finds probability {total:.6g}, not 1: the density is not smooth, "
+            "or the block too small"
         )
     part = nodes.probability * (nodes.high - nodes.low) ** 2
     likely = part > 1e-12 * part.max()

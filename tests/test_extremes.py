@@ -71,5 +71,8 @@ def test_extremes_of_both_signs_are_as_likely_as_the_density_says():
 
 
 def test_what_the_quadrature_misses_is_refused():
-    with pytest.raises(ValueError, match=r"finds probability 0\.99\d*, not 1"):
+    with pytest.raises(ValueError, match=r"finds probability 0\.99\d*, not 1: the density is not smooth, or the block"):
         extremes.of_range(2)  # two draws: the joint density ends in a step at a = c
+    draws = np.random.default_rng(0).standard_normal(2**16)
+    with pytest.raises(ValueError, match="the density is not smooth"):
+        extremes.of_magnitude(64, scipy.stats.rv_histogram(np.histogram(draws, bins=2000), density=False))
