@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.double_quant import MAPS, QuantizedConstants
-from nf4lab.formats import Format, absmax, min_max
+from nf4lab.formats import Format, min_max
 
 BACKENDS = ("torch", "cpu", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +58,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, n: int, format: Format) -
 
 
 def _cuda_takes(format: Format) -> bool:
-    return format.normalize is absmax and format.constants_dtype == torch.float32
+    return format.scale_is_absmax and format.constants_dtype == torch.float32 and not format.signed_zero
 
 
 def _cuda_missing() -> str | None:
@@ -67,25 +67,37 @@ def _cuda_missing() -> str | None:
     return cuda.available()
 
 
-def quantize_cpu(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def quantize_cpu(
+    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """(packed, scale, location) of flat (n,), as the reference makes them; None if a value is not finite."""
     from nf4lab.kernels import cpu
 
     flat = flat.resolve_neg()
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = empty((n + 1) // 2, torch.uint8, flat.device)
-    normalization = {absmax: cpu.ABSMAX, min_max: cpu.MIN_MAX}.get(format.normalize, cpu.GIVEN)
-    if normalization == cpu.GIVEN or format.constants_dtype != torch.float32:
-        normalization = cpu.GIVEN
-        scale, location = _constants(flat, format, block_size)
+    normalization = _normalization(format)
+    if normalization == cpu.GIVEN:
+        stored, stored_location, scale, location = _constants(flat, format, block_size, tensor_scale)
     else:
-        scale = torch.empty(n_blocks)
-        location = torch.empty(n_blocks) if normalization == cpu.MIN_MAX else None
+        stored = scale = torch.empty(n_blocks)
+        stored_location = location = torch.empty(n_blocks) if normalization == cpu.MIN_MAX else None
     finite = cpu.quantize(
         _array(flat), _kind(flat.dtype), _quantize_table(format), normalization, block_size,
         _array(scale), _array(location), _array(packed), _threads(),
     )  # fmt: skip
-    return (packed, scale, location) if finite else None
+    return (packed, stored, stored_location) if finite else None
+
+
+def _normalization(format: Format) -> int:
+    """Which constants the kernel makes itself: those of float32 absmax and min-max. Others are given to it."""
+    from nf4lab.kernels import cpu
+
+    if format.constants_dtype != torch.float32:
+        return cpu.GIVEN
+    if format.scale_is_absmax:
+        return cpu.ABSMAX
+    return cpu.MIN_MAX if format.normalize is min_max and format.extreme == 1 and not format.search else cpu.GIVEN
 
 
 def dequantize_cpu(q, out: Tensor) -> None:
@@ -99,7 +111,9 @@ def dequantize_cpu(q, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def quantize_cuda(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, None] | None:
+def quantize_cuda(
+    flat: Tensor, format: Format, block_size: int, tensor_scale: None = None
+) -> tuple[Tensor, Tensor, None] | None:
     """(packed, absmax, None) of flat (n,), as the reference makes them; None if a value is not finite."""
     from nf4lab.kernels import cuda
 
@@ -169,22 +183,35 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _constants(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor | None]:
-    """The constants that a kernel does not make, by the format's own function, in chunks."""
+def _constants(flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None) -> list[Tensor | None]:
+    """The four of `Format.constants` that a kernel does not make, by the format's own function, in chunks."""
     whole = flat.numel() - flat.numel() % block_size
     chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size)) if whole else []
     if whole < flat.numel():
         chunks.append(flat[whole:].reshape(1, -1))
-    scales, locations = zip(*[format.normalize(chunk.float()) for chunk in chunks], strict=True)
-    location = None if None in locations else format.as_stored(torch.cat(locations))
-    return format.as_stored(torch.cat(scales)), location
+    search = functools.partial(_search, format=format, block_size=block_size)
+    parts = [format.constants(chunk.float(), tensor_scale, search) for chunk in chunks]
+    return [None if None in column else torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _search(blocks: Tensor, trials: Tensor, location: Tensor | None, *, format: Format, block_size: int) -> Tensor:
+    """What `Format.least_squares` returns, by a kernel."""
+    from nf4lab.kernels import cpu
+
+    best = torch.empty(len(blocks), dtype=torch.int64)
+    levels = _padded(format.levels[format.ascending], 16, 0.0)
+    cpu.search(
+        _array(blocks), trials.numpy(), _array(location), _quantize_table(format)[0], levels.numpy(), block_size,
+        best.numpy(), _threads(),
+    )  # fmt: skip
+    return best
 
 
 @functools.lru_cache(maxsize=64)
 def _quantize_table(format: Format):
     from nf4lab.kernels import cpu
 
-    return cpu.codebook_table(format.boundaries.numpy(), format.ascending.numpy())
+    return cpu.codebook_table(format.boundaries.numpy(), format.ascending.numpy(), format.signed_zero)
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,14 +6,14 @@ shorter. Each block gets its own constants. The work is done in chunks, so that 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nf4lab import backends
 from nf4lab.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
-from nf4lab.formats import Format, absmax, as_format
+from nf4lab.formats import Format, as_format
 from nf4lab.packing import pack, unpack
 
 BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
@@ -28,6 +28,7 @@ class QuantizedTensor:
     packed: uint8 ((n + 1) // 2,), two codes a byte, the even element in the high nibble.
     stored_scale: float32 (n_blocks,), or QuantizedConstants after double quantization.
     stored_location: the same for formats that shift their blocks, else None.
+    tensor_scale: float32 (), which every scale is a multiple of, for formats that have one, else None.
     format, block_size: how it was made. shape, dtype: of the original, to which `dequantize` returns.
 
     Raises ValueError where packed, constants and shape disagree.
@@ -40,6 +41,7 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     block_size: int
+    tensor_scale: Tensor | None = None
 
     def __post_init__(self):
         _check_block_size(self.block_size)
@@ -55,6 +57,9 @@ class QuantizedTensor:
                     f"shape {shape} in blocks of {self.block_size} has {self.n_blocks} blocks; "
                     f"got {_count(constants)} values of {name}"
                 )
+        if (self.tensor_scale is not None) != self.format.tensor_scale:
+            has, got = ("one scale a tensor", "none") if self.format.tensor_scale else ("no scale a tensor", "one")
+            raise ValueError(f"format {self.format.name!r} has {has}; got {got}")
 
     @property
     def numel(self) -> int:
@@ -74,7 +79,8 @@ class QuantizedTensor:
     @property
     def scale(self) -> Tensor:
         """One scale a block, decoded: float32 (n_blocks,)."""
-        return _decoded(self.stored_scale)
+        scale = _decoded(self.stored_scale)
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
 
     @property
     def location(self) -> Tensor | None:
@@ -84,18 +90,17 @@ class QuantizedTensor:
     @property
     def absmax(self) -> Tensor:
         """The scale of a format normalised by absmax: float32 (n_blocks,). Raises ValueError for other formats."""
-        if self.format.normalize is not absmax:
+        if not self.format.scale_is_absmax:
             raise ValueError(f"format {self.format.name!r} is not normalised by absmax; use .scale and .location")
         return self.scale
 
     @property
     def nbytes(self) -> int:
-        """Bytes actually stored: packed codes and constants. The levels belong to the format and are not counted."""
+        """Bytes actually stored: packed codes and all constants. The levels belong to the format and do not count."""
         constants = [c for c in (self.stored_scale, self.stored_location) if c is not None]
         dtype_bytes = self.format.constants_dtype.itemsize
-        return self.packed.nbytes + sum(
-            c.nbytes if isinstance(c, QuantizedConstants) else c.numel() * dtype_bytes for c in constants
-        )
+        of_blocks = sum(c.nbytes if isinstance(c, QuantizedConstants) else c.numel() * dtype_bytes for c in constants)
+        return self.packed.nbytes + of_blocks + (0 if self.tensor_scale is None else self.tensor_scale.nbytes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,11 +115,12 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
-        location = None if self.stored_location is None else self.stored_location.to(device)
-        return QuantizedTensor(
-            self.packed.to(device), self.stored_scale.to(device), location,
-            self.format, self.shape, self.dtype, self.block_size,
-        )  # fmt: skip
+        moved = {
+            name: None if part is None else part.to(device)
+            for name in ("packed", "stored_scale", "stored_location", "tensor_scale")
+            for part in [getattr(self, name)]
+        }
+        return replace(self, **moved)
 
     def __repr__(self) -> str:
         return (
@@ -126,7 +132,7 @@ class QuantizedTensor:
 def quantize(
     x: Tensor,
     format: str | Format = "nf4",
-    block_size: int = 64,
+    block_size: int | None = None,
     double_quant: bool | str | DoubleQuant = False,
     *,
     backend: str | None = None,
@@ -135,10 +141,10 @@ def quantize(
 
     x: float32, float16, bfloat16 or float64; all are worked on in float32. Non-contiguous tensors are read in
     row-major order of their elements.
-    format: "nf4", "fp4", "int4", "uniform", "naive-quantile", or a nf4lab.Format of at most 16 levels.
-    block_size: a power of two, 16 to 4096.
+    format: a name in nf4lab.FORMATS, or a nf4lab.Format of at most 16 levels.
+    block_size: a power of two, 16 to 4096; by default the format's own, 64 for NF4.
     double_quant: True for bitsandbytes' 8-bit constants; "linear8", "linear4" or a nf4lab.DoubleQuant for others.
-    The codes are made with the exact constants, before those are quantized.
+    The codes are made with the exact constants, before those are quantized. Constants of one byte are refused.
     backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes.
 
     NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) for float32, float16 and bfloat16 wherever absmax is
@@ -153,18 +159,20 @@ def quantize(
     Source: QLoRA (arXiv:2305.14314).
     """
     format, scheme = as_format(format), as_double_quant(double_quant)
-    _check_arguments(x, format, block_size)
+    block_size = format.block_size if block_size is None else block_size
+    _check_arguments(x, format, block_size, scheme)
     flat = x.detach().reshape(-1)
     n = flat.numel()
     quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
-    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
+    tensor_scale = format.scale_of_tensor(flat)
+    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size, tensor_scale)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))
     packed, scale, location = quantized if n else [None if part is None else part[:0] for part in quantized]
     _check_constants(scale, format)
     if scheme:
         scale, location = scheme.quantize(scale), None if location is None else scheme.quantize(location)
-    return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size)
+    return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size, tensor_scale)
 
 
 def dequantize(
@@ -195,7 +203,9 @@ def dequantize(
     return target
 
 
-def _quantize_torch(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _quantize_torch(
+    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """(packed, scale, location) of flat (n,), chunk by chunk; None if a value is not finite in float32."""
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     constants = []
@@ -203,7 +213,7 @@ def _quantize_torch(flat: Tensor, format: Format, block_size: int) -> tuple[Tens
         values = flat[start:stop].float()
         if not values.isfinite().all():
             return None
-        codes, *scale_and_location = format.encode(values.reshape(-1, width))
+        codes, *scale_and_location = format.encode(values.reshape(-1, width), tensor_scale)
         packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
         constants.append(scale_and_location)
     scale, location = (None if None in parts else torch.cat(parts) for parts in zip(*constants, strict=True))
@@ -245,7 +255,7 @@ def _count(constants: Tensor | QuantizedConstants) -> int:
     return constants.n if isinstance(constants, QuantizedConstants) else constants.numel()
 
 
-def _check_arguments(x: Tensor, format: Format, block_size: int) -> None:
+def _check_arguments(x: Tensor, format: Format, block_size: int, scheme: DoubleQuant | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -253,6 +263,8 @@ def _check_arguments(x: Tensor, format: Format, block_size: int) -> None:
     _check_block_size(block_size)
     if format.code_bits != 4:
         raise ValueError(f"4-bit codes name at most 16 levels; format {format.name!r} has {format.levels.numel()}")
+    if scheme and format.constants_dtype.itemsize == 1:
+        raise ValueError(f"format {format.name!r} has constants of one byte already; double_quant must be False")
 
 
 def _check_block_size(block_size: int) -> None:

@@ -1,7 +1,7 @@
 """Where levels come from: quantiles, uniform grids, small floats, and the best levels for a density.
 
-Every function returns float32 levels indexed by code. Nothing here is a pasted table: the tests hold each
-derivation against the published one.
+Every function returns float32 levels indexed by code. Nothing here is a pasted table, but for IQ4_NL, which has no
+rule: the tests hold each derivation against the published one.
 """
 
 import numpy as np
@@ -10,6 +10,8 @@ import scipy.optimize
 import scipy.stats
 import torch
 from torch import Tensor
+
+from nf4lab.block_codebooks import af4, bof4, bof4_s, fit, optimal  # noqa: F401  they are codebooks too
 
 # The outermost probability: half-way between the last midpoints of 15 and of 16 levels. It was published with seven
 # digits, and that rounding is part of the format: without it 12 of the 16 float32 levels come out different.
@@ -54,6 +56,40 @@ def fp4() -> Tensor:
     return torch.from_numpy(by_code / magnitude.max()).float()
 
 
+def e2m1() -> Tensor:
+    """The 16 values of OCP's E2M1 by code, in its own units: float32 (16,), 0 to 6, then -0.0 to -6.
+
+    A sign bit, two exponent bits and one mantissa bit; exponent 0 holds the subnormals 0 and 0.5. Not bitsandbytes'
+    FP4, whose least positive value is 1/192 of the greatest; here it is 1/12.
+
+    >>> e2m1()[:8]
+    tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
+
+    Source: OCP Microscaling Formats 1.0, section 5.3.3.
+    """
+    exponent, mantissa = np.divmod(np.arange(8), 2)
+    magnitude = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    return torch.from_numpy(np.concatenate([magnitude, -magnitude])).float()
+
+
+def twos_complement(bits: int = 4) -> Tensor:
+    """The integers -2**(bits - 1) to 2**(bits - 1) - 1, ascending: float32 (2**bits,). All codes are used.
+
+    >>> twos_complement(3)
+    tensor([-4., -3., -2., -1.,  0.,  1.,  2.,  3.])
+    """
+    return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float32)
+
+
+def iq4_nl() -> Tensor:
+    """The 16 levels of llama.cpp's IQ4_NL, ascending integers from -127 to 113: float32 (16,), none of them zero.
+
+    They are llama.cpp's design and the one table in this file: no rule for them was published. A block's extreme
+    goes to -127. Source: llama.cpp, `kvalues_iq4nl`.
+    """
+    return torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]).float()
+
+
 def symmetric_int(bits: int = 4) -> Tensor:
     """The integers -m..m over m, with m = 2**(bits - 1) - 1, ascending: float32 (2m + 1,).
 
@@ -77,6 +113,51 @@ def quantile_midpoints(n_levels: int = 16, density=scipy.stats.norm) -> Tensor:
     Each level stands for an equal share of the probability. None of an even number of levels is zero.
     """
     return torch.from_numpy(density.ppf((np.arange(n_levels) + 0.5) / n_levels)).float()
+
+
+def sf4(nu: float = 5) -> Tensor:
+    """SF4, "student float": NF4's recipe with the quantiles of a Student t of nu degrees of freedom: float32 (16,).
+
+    >>> sf4()[:3]
+    tensor([-1.0000, -0.6278, -0.4547])
+
+    Raises ValueError unless nu is positive. Source: Dotzel et al. 2024 (arXiv:2405.03103), section 4.
+    """
+    if not nu > 0:
+        raise ValueError(f"nu is a positive number of degrees of freedom; got {nu}")
+    tail = (29 / 30 + 31 / 32) / 2
+    quantile = scipy.stats.t(nu).ppf
+    positive, negative = (quantile(np.linspace(tail, 0.5, count)[:-1]) for count in (9, 8))
+    return torch.from_numpy(np.concatenate([-negative, [0], positive[::-1]]) / positive[0]).float()
+
+
+def cube_root(density=scipy.stats.norm, n_levels: int = 16) -> Tensor:
+    """Levels spaced as the cube root of `density`, in its own units, ascending: float32 (n_levels,).
+
+    They cut the integral of f^(1/3) into equal parts, and each lies in the middle of its part. With many levels no
+    spacing has a lower squared error, in units in which the density's scale is known (Panter and Dite 1951). For a
+    normal density they are the quantiles of one sqrt(3) times as wide. None of an even number of levels is zero.
+
+    Raises ValueError where f^(1/3) has no finite integral, as for a Student t of 2 degrees of freedom or fewer.
+    """
+    low, high = density.support()
+    middle = density.median()
+
+    def integral(to):
+        found = scipy.integrate.tanhsinh(lambda x: np.cbrt(density.pdf(x)), middle, to)
+        return found.integral, np.all(found.success)
+
+    (below, above), finite = integral(np.array([low, high]))
+    if not finite or not np.isfinite(above - below):
+        raise ValueError("cube_root needs a density whose cube root has a finite integral")
+    targets = below + (np.arange(n_levels) + 0.5) / n_levels * (above - below)
+    levels = density.ppf((np.arange(n_levels) + 0.5) / n_levels)
+    for _ in range(100):
+        step = (targets - integral(levels)[0]) / np.cbrt(density.pdf(levels))
+        levels = levels + step
+        if np.abs(step).max() < 1e-10 * density.std():
+            break
+    return torch.from_numpy(levels).float()
 
 
 def dynamic_map() -> Tensor:

@@ -5,8 +5,8 @@ the normalisation has one, a location. NF4 is a row of the table at the bottom.
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,10 +17,35 @@ from nf4lab import codebooks
 # blocks, float32 (n_blocks, block_size) -> scale (n_blocks,) and location (n_blocks,), or None where it is zero
 Normalization = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
+LEAST = 2.0**-149  # the smallest positive float32
+TIES = ("down", "up", "even")
+# Half-way from 448, the greatest E4M3, to the 480 that would follow. torch would store 448 for anything above it.
+E4M3_OVERFLOW = 464.0
+# What a searched scale is tried at, as factors of the unsearched one; that one first, since it wins ties.
+SEARCH = (1.0, *(k / 32 for k in range(19, 52) if k != 32))
+
 
 def absmax(blocks: Tensor) -> tuple[Tensor, None]:
     """Scale a block by its largest magnitude, so that it lies in -1..1 and zero stays zero."""
     return blocks.abs().amax(dim=1), None
+
+
+def signed_absmax(blocks: Tensor) -> tuple[Tensor, None]:
+    """Scale a block by its element of largest magnitude, sign and all, so that this element becomes +1.
+
+    Of several such elements the first counts, as in llama.cpp. Source: BOF4 (arXiv:2505.06653), BOF4-S.
+    """
+    largest = blocks.abs().argmax(dim=1, keepdim=True)
+    return blocks.gather(1, largest).squeeze(1) + 0.0, None  # + 0.0: the scale of a block of -0.0 is 0.0
+
+
+def power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
+    """Scale a block by the largest power of two that its absmax reaches: 2**floor(log2(absmax)), exact.
+
+    A block of zeros has 0. Source: OCP Microscaling Formats 1.0, section 6.3.
+    """
+    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=1))  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
+    return torch.ldexp((mantissa > 0).float(), exponent - 1), None
 
 
 def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,16 +69,32 @@ class Format:
 
     name: what errors and tables call it.
     levels: float32 (n_levels,) by code, in any order; a sequence is converted. 16 or fewer make a 4-bit format.
-    normalize: `absmax`, `min_max`, `mean_std`, or a function of one's own from blocks to (scale, location).
-    constants_dtype: the floating-point type that scale and location are rounded to before they are used.
+    normalize: `absmax`, `signed_absmax`, `power_of_two`, `min_max`, `mean_std`, or a function of one's own from blocks
+    to (scale, location).
+    constants_dtype: the floating-point type that scale and location are rounded to before they are used: to nearest,
+    ties to even; E8M0, which has powers of two only, to the nearest of them. A scale below its least becomes zero.
+    extreme: the level that the normalisation brings a block's extreme to; the scale is divided by it. 1 for most;
+    6 for E2M1 in its own units, -8 for Q4_0.
+    tensor_scale: whether scales are stored as multiples of one float32 a tensor, made so that the greatest that can
+    occur is the greatest of constants_dtype: absmax of the tensor / (|extreme| * that greatest).
+    block_size: what `nf4lab.quantize` takes unless told otherwise.
+    ties: where a value half-way between two levels goes: "down", "up", or to the "even" one of two codes.
+    exact_codes: whether codes are made with constants as they were before rounding, as llama.cpp does.
+    search: factors of the normalised scale; each block takes the one of least squared error. See `searched`.
 
-    Raises ValueError where the levels are not one-dimensional, finite and 2 to 256 in number.
+    Raises ValueError where the levels are not one-dimensional, finite and 2 to 256 in number, or the parts disagree.
     """
 
     name: str
     levels: Tensor
     normalize: Normalization = absmax
     constants_dtype: torch.dtype = torch.float32
+    extreme: float = 1.0
+    tensor_scale: bool = False
+    block_size: int = 64
+    ties: str = "down"
+    exact_codes: bool = False
+    search: tuple[float, ...] = ()
 
     def __post_init__(self):
         levels = torch.as_tensor(self.levels, dtype=torch.float32)
@@ -61,23 +102,58 @@ class Format:
             raise ValueError(f"levels must be 2 to 256 finite numbers in one dimension; got {self.levels}")
         if not self.constants_dtype.is_floating_point:
             raise ValueError(f"constants are stored in a floating-point dtype; got {self.constants_dtype}")
+        if self.constants_dtype == torch.float8_e8m0fnu and self.normalize in (signed_absmax, min_max, mean_std):
+            raise ValueError(f"torch.float8_e8m0fnu has no negative numbers, which {self.normalize.__name__} stores")
+        if self.ties not in TIES:
+            raise ValueError(f"ties go 'down', 'up' or to 'even'; got {self.ties!r}")
+        if not self.extreme:
+            raise ValueError(f"extreme must not be zero: the scale is divided by it; got {self.extreme}")
+        if self.exact_codes and self.search:
+            raise ValueError("a searched scale is judged as it is stored; exact_codes must be False with it")
         object.__setattr__(self, "levels", levels)
+
+    def searched(self, factors: tuple[float, ...] = SEARCH) -> "Format":
+        """This format with a searched scale: of `factors` times the normalised scale, the one of least squared error.
+
+        The candidates are rounded as they will be stored, then judged. The bits are the same, and so is the decoder.
+        """
+        return replace(self, name=f"{self.name} searched", search=tuple(factors), exact_codes=False)
 
     @property
     def code_bits(self) -> int:
         """Bits a code takes where it is stored: 4, or 8 for more than 16 levels."""
         return 4 if self.levels.numel() <= 16 else 8
 
+    @property
+    def scale_is_absmax(self) -> bool:
+        """Whether a block's scale is its largest magnitude, to the bit, up to the rounding of constants_dtype."""
+        return self.normalize is absmax and self.extreme == 1 and not self.tensor_scale and not self.search
+
     @cached_property
     def ascending(self) -> Tensor:
-        """The codes in ascending order of their levels: int64 (n_levels,); equal levels keep the order of codes."""
-        return self.levels.argsort(stable=True)
+        """The codes in ascending order of their levels: int64 (n_levels,); equal levels keep the order of codes.
+
+        -0.0 stands before 0.0.
+        """
+        negative_first = self.levels.signbit().logical_not().int().argsort(stable=True)
+        return negative_first[self.levels[negative_first].argsort(stable=True)]
 
     @cached_property
     def boundaries(self) -> Tensor:
-        """The midpoints of neighbouring levels, ascending: float32 (n_levels - 1,)."""
+        """What a value must exceed to be given the next level: float32 (n_levels - 1,), ascending.
+
+        The midpoints of neighbouring levels; where a tie goes up, the next float32 below the midpoint.
+        """
         levels = self.levels[self.ascending]
-        return (levels[:-1] + levels[1:]) / 2
+        midpoints = (levels[:-1] + levels[1:]) / 2
+        upper_is_even = self.ascending[1:] % 2 == 0
+        goes_up = {"down": upper_is_even & False, "up": upper_is_even | True, "even": upper_is_even}[self.ties]
+        return torch.where(goes_up, midpoints.nextafter(torch.tensor(-torch.inf)), midpoints)
+
+    @cached_property
+    def signed_zero(self) -> bool:
+        """Whether one of the levels is -0.0, so that the sign of a zero is kept."""
+        return bool(((self.levels == 0) & self.levels.signbit()).any())
 
     @cached_property
     def zero_code(self) -> int:
@@ -85,48 +161,155 @@ class Format:
         return self.nearest(torch.zeros(1)).item()
 
     def nearest(self, normalized: Tensor) -> Tensor:
-        """The code of the nearest level, element by element: float32 to uint8. A tie goes to the lower level."""
+        """The code of the nearest level, element by element: float32 to uint8. Ties go where `ties` says."""
+        if self.signed_zero:  # no comparison tells -0.0 from 0.0, so it takes the place of the number below zero
+            normalized = torch.where((normalized == 0) & normalized.signbit(), -LEAST, normalized)
         rank = torch.bucketize(normalized, self.boundaries.to(normalized.device), out_int32=True)
         return self.ascending.to(normalized.device, torch.uint8)[rank]
 
-    def encode(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode(self, blocks: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes and constants of blocks: float32 (n_blocks, block_size) to (codes, scale, location).
 
-        codes: uint8 (n_blocks, block_size). scale: float32 (n_blocks,). location: the same, or None.
+        codes: uint8 (n_blocks, block_size). scale: float32 (n_blocks,), as stored. location: the same, or None.
+        tensor_scale: float32 (), from `scale_of_tensor`, for formats that have one.
         A block is multiplied by the float32 reciprocal of its scale, as bitsandbytes does. Where the scale is zero
         or so small that the reciprocal is infinite, it is divided instead, and 0/0 counts as 0.
         """
-        scale, location = self.normalize(blocks)
-        scale = self.as_stored(scale)
-        location = None if location is None else self.as_stored(location)
-        centred = blocks if location is None else blocks - location[:, None]
-        reciprocal = 1 / scale
-        normalized = centred * reciprocal[:, None]
-        tiny = reciprocal.isinf()
-        if tiny.any():
-            normalized[tiny] = (centred[tiny] / scale[tiny, None]).nan_to_num(nan=0.0)
-        return self.nearest(normalized), scale, location
+        stored, location, scale, shift = self.constants(blocks, tensor_scale)
+        centred = blocks if shift is None else blocks - shift[:, None]
+        return self.nearest(_normalized(centred, scale)), stored, location
 
     def decode(self, codes: Tensor, scale: Tensor, location: Tensor | None) -> Tensor:
-        """The values that codes stand for: uint8 (n_blocks, block_size) to float32 of the same shape."""
+        """The values that codes stand for: uint8 (n_blocks, block_size) to float32 of the same shape.
+
+        scale: float32 (n_blocks,), times the tensor's where the format has one.
+        """
         values = self.levels.to(codes.device)[codes.int()] * scale[:, None]
         return values if location is None else values + location[:, None]
 
-    def as_stored(self, constants: Tensor) -> Tensor:
-        """Float32 constants, rounded to what `constants_dtype` holds."""
+    def constants(
+        self, blocks: Tensor, tensor_scale: Tensor | None = None, search=None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Scale and location as stored, then scale and location that codes are made with: four of (n_blocks,).
+
+        search: what does the work of `least_squares`, for a backend that has something faster.
+        """
+        scale, location = self.normalize(blocks)
+        scale = scale / self.extreme
+        stored = self.as_stored(scale, tensor_scale)
+        stored_location = None if location is None else self.as_stored(location)
+        if self.exact_codes:
+            return stored, stored_location, scale, location
+        if self.search:
+            trials = self.as_stored(scale * torch.tensor(self.search, device=scale.device)[:, None], tensor_scale)
+            best = (search or self.least_squares)(blocks, _times(trials, tensor_scale), stored_location)
+            stored = trials.gather(0, best[None])[0]
+        return stored, stored_location, _times(stored, tensor_scale), stored_location
+
+    def as_stored(self, constants: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+        """Float32 constants, over the tensor's scale if there is one, rounded to what `constants_dtype` holds.
+
+        What lies above the range of the dtype becomes infinite or NaN.
+        """
+        if tensor_scale is not None:
+            constants = torch.where(constants == 0, constants, constants / tensor_scale)
+        if self.constants_dtype == torch.float8_e4m3fn:
+            constants = torch.where(constants.abs() > E4M3_OVERFLOW, torch.nan, constants)
         return constants.to(self.constants_dtype).float()
 
+    def scale_of_tensor(self, x: Tensor) -> Tensor | None:
+        """The one scale of tensor x: float32 (), or None for formats without; 0 for a tensor of zeros."""
+        if not self.tensor_scale:
+            return None
+        greatest = torch.finfo(self.constants_dtype).max * abs(self.extreme)
+        return x.abs().amax().float() / greatest if x.numel() else x.new_zeros((), dtype=torch.float32)
 
-FORMATS = {
-    row.name: row
-    for row in [
-        Format("nf4", codebooks.nf4()),
-        Format("fp4", codebooks.fp4()),
-        Format("int4", codebooks.symmetric_int(4)),
-        Format("uniform", codebooks.uniform(16), min_max),
-        Format("naive-quantile", codebooks.quantile_midpoints(16), mean_std),
-    ]
-}
+    def least_squares(self, blocks: Tensor, trials: Tensor, location: Tensor | None) -> Tensor:
+        """Which trial scale gives each block the least squared error: int64 (n_blocks,); of equal ones the first.
+
+        trials: float32 (n_trials, n_blocks). Errors are measured in units of the first, in which they can't overflow.
+        """
+        centred = blocks if location is None else blocks - location[:, None]
+        best, least = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device), None
+        for k, trial in enumerate(trials):
+            normalized = _normalized(centred, trial)
+            error = normalized - self.levels.to(blocks.device)[self.nearest(normalized).int()]
+            ratio = trial / trials[0]
+            cost = _sum_in_lanes(error * error) * (ratio * ratio)
+            least = cost if least is None else least
+            best, least = torch.where(cost < least, k, best), torch.where(cost < least, cost, least)
+        return best
+
+
+def _times(stored: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    return stored if tensor_scale is None else stored * tensor_scale
+
+
+def _normalized(centred: Tensor, scale: Tensor) -> Tensor:
+    """centred / scale, block by block: by the reciprocal, or by division where that is infinite; 0/0 is 0."""
+    reciprocal = 1 / scale
+    normalized = centred * reciprocal[:, None]
+    tiny = reciprocal.isinf()
+    if tiny.any():
+        normalized[tiny] = (centred[tiny] / scale[tiny, None]).nan_to_num(nan=0.0)
+    return normalized
+
+
+def _sum_in_lanes(values: Tensor) -> Tensor:
+    """The sum of each row, float32: every eighth value in a sum of its own, then those 8 by halves.
+
+    A fixed order of additions, so that every backend gets the same sum. Rows are filled with zeros to a multiple of 8.
+    """
+    groups = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
+    lanes = torch.zeros_like(groups[:, 0])
+    for group in groups.unbind(1):
+        lanes = lanes + group
+    for half in (4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+class _Table(Mapping):
+    """Formats by name, each made when it is first asked for: some derive their levels, and importing need not wait."""
+
+    def __init__(self, rows: list[tuple[str, Callable[[], Format]]]):
+        self._rows, self._made = dict(rows), {}
+
+    def __getitem__(self, name: str) -> Format:
+        if name not in self._made:
+            self._made[name] = self._rows[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _row(name: str, levels: Callable[[], Tensor], *rest, **named) -> tuple[str, Callable[[], Format]]:
+    return name, lambda: Format(name, levels(), *rest, **named)
+
+
+FORMATS = _Table([
+    _row("nf4", codebooks.nf4),
+    _row("fp4", codebooks.fp4),
+    _row("int4", codebooks.symmetric_int),
+    _row("uniform", codebooks.uniform, min_max),
+    _row("naive-quantile", codebooks.quantile_midpoints, mean_std),
+    _row("cube-root", codebooks.cube_root, mean_std),
+    _row("sf4", codebooks.sf4),
+    _row("af4", codebooks.af4),
+    _row("bof4", codebooks.bof4),
+    _row("bof4-s", codebooks.bof4_s, signed_absmax),
+    _row("e2m1", codebooks.e2m1, extreme=6, ties="even"),
+    _row("mxfp4", codebooks.e2m1, power_of_two, torch.float8_e8m0fnu, extreme=4, block_size=32, ties="even"),
+    _row("nvfp4", codebooks.e2m1, absmax, torch.float8_e4m3fn, extreme=6, tensor_scale=True, block_size=16,
+         ties="even"),
+    _row("q4_0", codebooks.twos_complement, signed_absmax, torch.float16, extreme=-8, block_size=32,
+         ties="up", exact_codes=True),
+    _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, extreme=-127, block_size=32),
+])  # fmt: skip
 
 
 def as_format(format: str | Format) -> Format:

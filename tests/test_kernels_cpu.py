@@ -27,6 +27,7 @@ FORMATS = (
     nf4lab.Format("seven levels in no order", SHUFFLED),
     nf4lab.Format("equal levels", [0.5, 0.5, -0.5, -0.5, 0.0]),
     nf4lab.Format("float16 constants", nf4lab.FORMATS["nf4"].levels, constants_dtype=torch.float16),
+    *(nf4lab.FORMATS[name].searched() for name in ("nf4", "uniform", "mxfp4", "nvfp4", "iq4_nl")),
 )
 LENGTHS = (1, 2, 15, 63, 65, 4095, 4097, 3 * 4096 + 77)
 
@@ -61,10 +62,19 @@ def test_every_format_and_dtype_gives_the_bytes_of_the_reference(format, dtype):
         assert_backends_agree(gaussian(n, dtype, seed=n), format)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "uniform", "naive-quantile"])
+SIZED = [nf4lab.FORMATS[name] for name in ("nf4", "fp4", "uniform", "naive-quantile", "nvfp4", "q4_0")]
+
+
+@pytest.mark.parametrize("format", [*SIZED, SIZED[0].searched(), SIZED[2].searched()], ids=lambda format: format.name)
 @pytest.mark.parametrize("block_size", nf4lab.BLOCK_SIZES)
 def test_every_block_size_gives_the_bytes_of_the_reference(block_size, format):
     assert_backends_agree(gaussian(2 * 4096 + 2 * block_size + 5), format, block_size)
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 512])
+def test_a_search_among_trials_that_differ_by_roundings_gives_the_bytes_of_the_reference(block_size):
+    factors = [1 + k * 2.0**-22 for k in range(12)]  # so close that the order of additions decides
+    assert_backends_agree(gaussian(2**16), nf4lab.FORMATS["nf4"].searched(factors), block_size)
 
 
 @pytest.mark.parametrize("double_quant", [True, "linear8", "linear4"])
@@ -73,7 +83,7 @@ def test_double_quantized_tensors_give_the_bytes_of_the_reference(double_quant):
     assert_backends_agree(gaussian(100_001), "uniform", 64, double_quant)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "uniform"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "uniform", "e2m1", "mxfp4", "nvfp4", "q4_0", "iq4_nl"])
 def test_zero_blocks_and_signed_zeros_give_the_bytes_of_the_reference(format):
     x = gaussian(8 * 64)
     x[64:128], x[128:192] = 0.0, -0.0
@@ -81,8 +91,9 @@ def test_zero_blocks_and_signed_zeros_give_the_bytes_of_the_reference(format):
     x[256:320] = torch.tensor([-0.0, 0.0]).repeat(32)
     x[320:384] = x[320:384].abs()
     x[320] = -0.0
-    assert_backends_agree(x, format)
-    assert_backends_agree(-x, format)
+    for signed in (x, -x):
+        assert_backends_agree(signed, format)
+        assert_backends_agree(signed, nf4lab.FORMATS[format].searched())
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "uniform"])
@@ -97,19 +108,21 @@ def test_subnormals_and_extremes_give_the_bytes_of_the_reference(exponent, forma
 
 def test_values_on_the_boundaries_and_beside_them_give_the_bytes_of_the_reference():
     for format in FORMATS:
-        on = format.boundaries.clamp(-1, 1)
+        on = format.boundaries.clamp(-abs(format.extreme), abs(format.extreme))
         beside = [torch.nextafter(on, torch.full_like(on, side)) for side in (-torch.inf, torch.inf)]
-        x = torch.cat([torch.ones(1), on, *beside]).clamp(-1, 1)
+        x = torch.cat([torch.tensor([format.extreme]), on, *beside]).clamp(-abs(format.extreme), abs(format.extreme))
         assert_backends_agree(x, format, 4096)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200),
-    format=st.sampled_from(["nf4", "fp4", "int4", "uniform"]),
+    format=st.sampled_from(["nf4", "fp4", "int4", "uniform", "e2m1", "mxfp4"]),
+    searched=st.booleans(),
     block_size=st.sampled_from([16, 32, 64]),
 )
-def test_any_finite_bit_patterns_give_the_bytes_of_the_reference(bits, format, block_size):
+def test_any_finite_bit_patterns_give_the_bytes_of_the_reference(bits, format, searched, block_size):
+    format = nf4lab.FORMATS[format].searched() if searched else format
     x = torch.from_numpy(np.array(bits, np.uint32).view(np.float32)).nan_to_num(nan=1.0, posinf=2.0, neginf=-3.0)
     assert_backends_agree(x.clamp(-1e38, 1e38), format, block_size)  # a range above float32's is refused
 

@@ -106,6 +106,12 @@ def absmax(values, block_size, scale):
 
 
 @jit
+def pick(condition, yes, no):
+    """One of two values. Both are ready, so the compiler selects and need not branch."""
+    return yes if condition else no
+
+
+@jit
 def in_order(bits):
     """int32 bits of a float32 to an int32 that is ordered as the floats are, and back: negatives are flipped."""
     return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(MAGNITUDE)))
@@ -157,6 +163,14 @@ def normalize(values, scale, location, block_size, normalized):
 
 
 @jit
+def lower_negative_zeros(normalized):
+    """-0.0 becomes the next float32 below zero: no comparison tells it from 0.0, and it has a code of its own."""
+    bits = normalized.view(np.uint32)
+    for i in range(normalized.size):
+        bits[i] = pick(bits[i] == SIGN, np.uint32(SIGN | np.uint32(1)), bits[i])
+
+
+@jit
 def rank_by_counting(normalized, boundaries, ranks):
     """How many of the 15 boundaries lie below each value: uint8. NaN counts all, as torch.bucketize does."""
     for i in range(normalized.size):
@@ -164,12 +178,6 @@ def rank_by_counting(normalized, boundaries, ranks):
         for k in range(15):
             rank += np.uint8(not normalized[i] <= boundaries[k])
         ranks[i] = rank
-
-
-@jit
-def pick(condition, yes, no):
-    """One of two values. Both are ready, so the compiler selects and need not branch."""
-    return yes if condition else no
 
 
 @jit
@@ -203,12 +211,14 @@ def pack(ranks, recode, packed):
 @jit
 def quantize_chunk(values, table, search, normalization, block_size, scale, location, packed, scratch):
     """One chunk: constants, normalized values, ranks, bytes. Returns whether its values are finite."""
-    boundaries, recode = table
+    boundaries, recode, signed_zero = table
     normalized, ranks = scratch
     finite = make_constants(values, normalization, block_size, scale, location, normalized)
     normalize(values, scale, location, block_size, normalized)
     padded = values.size + values.size % 2
     normalized[values.size : padded] = 0  # an odd length is completed with the code of zero
+    if signed_zero:
+        lower_negative_zeros(normalized[: values.size])
     if search:
         rank_by_search(normalized[:padded], boundaries, ranks)
     else:
@@ -262,12 +272,12 @@ def quantize(x, kind, table, normalization, block_size, scale, location, packed,
     return all(in_threads(quantize_chunks, count(x), threads, read_only(x), *arguments))
 
 
-def codebook_table(boundaries, ascending):
-    """What `quantize` needs of a codebook of 2 to 16 levels: a tuple of 15 boundaries, and uint8 (256,) or (0,).
+def codebook_table(boundaries, ascending, signed_zero=False):
+    """What `quantize` needs of a codebook of 2 to 16 levels: 15 boundaries in a tuple, uint8 (256,) or (0,), a bool.
 
     boundaries: float32 (n_levels - 1,), ascending. ascending: (n_levels,), the codes in order of their levels.
-    Boundaries that are missing are infinite: no value lies above them. The second array turns two ranks in a byte
-    into two codes; it is empty where ranks are codes already.
+    Boundaries that are missing are infinite: no value lies above them. The array turns two ranks in a byte into two
+    codes; it is empty where ranks are codes already. The bool, signed_zero, says that -0.0 has a code of its own.
     """
     n_levels = len(ascending)
     codes = np.minimum(np.arange(16), n_levels - 1)  # NaN, above every boundary, takes the last level
@@ -276,7 +286,84 @@ def codebook_table(boundaries, ascending):
     recode = (codes[:, None] << 4 | codes).reshape(-1).astype(np.uint8)
     if np.array_equal(codes, np.arange(16)):
         recode = recode[:0]
-    return tuple(padded), recode
+    return tuple(padded), recode, signed_zero
+
+
+# ---- the search for a scale
+
+
+@jit
+def normalize_all(values, scale, location, block_size, normalized):
+    """`normalize`, without the slices that take most of the time in small blocks; a tiny scale goes to `normalize`."""
+    for b in range(scale.size):
+        start, stop = b * block_size, min((b + 1) * block_size, values.size)
+        reciprocal = np.float32(1) / scale[b]
+        if np.isinf(reciprocal):
+            normalize(values[start:stop], scale[b : b + 1], location[b : b + 1], block_size, normalized[start:stop])
+            continue
+        shift = location[b] if location.size else np.float32(0)
+        for i in range(start, stop):
+            normalized[i] = (values[i] - shift) * reciprocal
+
+
+@jit
+def square_errors(normalized, ranks, levels):
+    """Each normalized value replaced by the square of its distance from its level."""
+    for i in range(ranks.size):
+        error = normalized[i] - levels[ranks[i]]
+        normalized[i] = error * error
+
+
+@jit
+def sum_in_lanes(values, start, stop):
+    """The float32 sum of values[start:stop], a multiple of 8: every eighth in a sum of its own, then by halves."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+    for i in range(start, stop, 8):
+        s0, s1, s2, s3 = s0 + values[i], s1 + values[i + 1], s2 + values[i + 2], s3 + values[i + 3]
+        s4, s5, s6, s7 = s4 + values[i + 4], s5 + values[i + 5], s6 + values[i + 6], s7 + values[i + 7]
+    s0, s1, s2, s3 = s0 + s4, s1 + s5, s2 + s6, s3 + s7
+    return (s0 + s2) + (s1 + s3)
+
+
+@jit
+def search_chunks(first, last, x, trials, location, boundaries, levels, block_size, best):
+    """Chunks first..last-1 of `search`. Always True."""
+    normalized, ranks = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+    least = np.empty(CHUNK // block_size, np.float32)
+    blocks = CHUNK // block_size
+    for c in range(first, last):
+        values, b = x[c * CHUNK : (c + 1) * CHUNK], slice(c * blocks, (c + 1) * blocks)
+        chosen, unsearched = best[b], trials[0, b]
+        for k in range(trials.shape[0]):
+            scale = trials[k, b]
+            normalize_all(values, scale, location[b], block_size, normalized)
+            rank_by_search(normalized[: values.size], boundaries, ranks)
+            square_errors(normalized, ranks[: values.size], levels)
+            normalized[values.size :] = 0  # a short last block is filled up with zeros
+            for i in range(scale.size):
+                ratio = scale[i] / unsearched[i]
+                cost = sum_in_lanes(normalized, i * block_size, (i + 1) * block_size) * (ratio * ratio)
+                if k == 0 or cost < least[i]:
+                    least[i], chosen[i] = cost, k
+    return True
+
+
+def search(x, trials, location, boundaries, levels, block_size, best, threads=1):
+    """Which of its trial scales costs each block least, the first of equal ones, into best, int64 (n_blocks,).
+
+    x: float32 (n,). trials: float32 (n_trials, n_blocks). location: float32 (n_blocks,) or (0,). boundaries: the
+    tuple of 15 from `codebook_table`. levels: float32 (16,), ascending, those that are missing filled in with any.
+    Costs are measured in units of the first trial, in which they cannot overflow.
+    Raises ValueError where the lengths disagree or best is read-only.
+    """
+    check_lengths(x.size, block_size, best, location, np.empty((x.size + 1) // 2, np.uint8))
+    check_writeable(best)
+    if trials.shape[1:] != best.shape or levels.size != 16:
+        raise ValueError(
+            f"{best.size} blocks take trials (n, {best.size}) and 16 levels; got {trials.shape}, {levels.size}"
+        )
+    inputs = [read_only(array) for array in (x, trials, location)]
+    in_threads(search_chunks, count(x), threads, *inputs, boundaries, read_only(levels), block_size, best)
 
 
 # ---- dequantize, v1
