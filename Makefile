@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks labs bench home clean
+.PHONY: help book test lint notebooks labs grade bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ notebooks: $(BIN)/ready ## write the notebook beside each chapter
 
 labs: $(BIN)/ready ## write each lab's notebook, checks and grader: make labs SEED=2027
 	$(BIN)/python labs/make_labs.py --seed $(or $(SEED),2026)
+
+grade: $(BIN)/ready ## grade a folder of notebooks: make grade LAB=2 IN=folder OUT=grades.csv ARGS=--help
+	$(BIN)/python labs/grade.py $(ARGS) $(LAB) $(IN) $(OUT)
 
 bench: $(BIN)/ready ## measure the kernels here: make bench NAME=my-cpu; writes benchmarks/results/
 	$(BIN)/python benchmarks/cpu.py $(or $(NAME),$(shell uname -m))
