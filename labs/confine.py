@@ -4,7 +4,7 @@ Three layers, each used where the system has it. `confine` says which of them ho
 
     limits      setrlimit: memory, processor time, size and number of files (Linux, macOS)
     namespaces  no network interface, and an own process tree that dies as a whole (Linux)
-    landlock    the kernel refuses to open files outside the allowed folders, to connect by TCP, to signal others (Linux)
+    landlock    the kernel refuses files outside the allowed folders, TCP connections and signals to others (Linux)
 
 On top, `watch` installs a Python audit hook. It refuses the same in the interpreter, on every system, and tells what
 was tried; code that calls C can get around it, which is why it is not called a layer. Standard library only.

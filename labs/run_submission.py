@@ -24,7 +24,7 @@ from confine import SYSTEM, confine, watch
 
 # what no lab needs and a forger does; its use is told, so that somebody reads the notebook
 SUSPECT = re.compile(
-    r"\b(ctypes|os\.write|os\.fdopen|/proc/self|gc\.get_|_getframe|sys\.settrace|f_globals|addaudithook)"
+    r"(?<!\w)(ctypes|os\.write|os\.fdopen|/proc/self|gc\.get_|sys\._getframe|sys\.settrace|addaudithook)"
 )
 CHECK_CELL = re.compile(r"\s*\w+\.check(_all)?\([^()]*\)\s*")
 MOST_CHARACTERS = 2000  # of a message
