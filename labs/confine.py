@@ -83,8 +83,14 @@ def own_namespaces() -> bool:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         status = os.waitpid(child, 0)[1]
         os._exit(os.waitstatus_to_exitcode(status) % 256)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     return True
+
+
+def die_with_parent() -> None:
+    """Let this process be killed once the one that started it is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def landlock(folder: Path, readable: list[str]) -> bool:

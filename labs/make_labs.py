@@ -70,6 +70,7 @@ tests:
 """
 CHECKS_KNOW = "import torch\n\nimport nf4lab\nfrom nf4lab.labs import {names}\n"
 PUBLIC = ROOT / "nf4lab" / "labs" / "public"
+GRADERS = ROOT / "_build" / "labs"
 
 
 def labs() -> list[str]:
@@ -185,17 +186,19 @@ def public_file(lab: str, text: str) -> str:
     return f'"""Made from labs/{lab}/master.md by `make labs`."""\n\n{known(lab)}{text.rstrip()}\n'
 
 
-def write_grader(lab: str, made: Path, tests: dict[str, str], seed: int) -> None:
-    """The autograder that otter made, with the course's SEED and what checks know in every check file."""
+def check_files(lab: str, tests: dict[str, str], seed: int) -> dict[str, str]:
+    """All checks, as the grader runs them: with what they know and the course's SEED in front."""
+    return {name: f"{known(lab)}\nSEED = {seed}\n{text}" for name, text in tests.items()}
+
+
+def write_grader(made: Path, target: Path, checks: dict[str, str]) -> None:
+    """The autograder that otter made, with these check files; other programs that read otter's take it too."""
     (made_zip,) = made.glob("autograder/*-autograder_*.zip")
-    target = ROOT / "_build" / "labs" / f"{lab}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(made_zip) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            text = old.read(name)
-            if name.startswith("tests/") and name.endswith(".py"):
-                text = f"{known(lab)}\nSEED = {seed}\n{tests[Path(name).name]}".encode()
-            new.writestr(name, text)
+            check = name.startswith("tests/") and checks.get(Path(name).name)
+            new.writestr(name, check or old.read(name))
 
 
 def write_if_different(path: Path, text: str, check: bool) -> bool:
@@ -220,7 +223,7 @@ def make(lab: str, seed: int, check: bool = False) -> list[str]:
             if not check:
                 extra.unlink()
         if not check:
-            write_grader(lab, Path(folder) / "made", every, seed)
+            write_grader(Path(folder) / "made", GRADERS / f"{lab}.zip", check_files(lab, every, seed))
     return stale
 
 

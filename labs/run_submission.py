@@ -1,6 +1,7 @@
 """Run one submission, shut in, and tell the grader by lines of JSON what came out: not to be called by hand.
 
-    python -B run_submission.py FOLDER LAB MEMORY_BYTES SECONDS CELL_SECONDS READABLE...
+    python -B run_submission.py alone '{"folder": ..., "lab": ..., ...}'    this one
+    python -B run_submission.py serve '{"lab": ..., "readable": ...}'       many, each in a fork of the loaded process
 
 1. The process is confined (confine.py) and reads FOLDER/submission.ipynb.
 2. Its cells run in order, in one IPython shell; a cell that fails or takes too long does not stop the next.
@@ -11,16 +12,18 @@ The cells' metadata is not looked at, so notebooks that lost it are graded like 
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-from confine import SYSTEM, confine, watch
+from confine import SYSTEM, confine, die_with_parent, watch
 
 # what no lab needs and a forger does; its use is told, so that somebody reads the notebook
 SUSPECT = re.compile(
@@ -28,6 +31,9 @@ SUSPECT = re.compile(
 )
 CHECK_CELL = re.compile(r"\s*\w+\.check(_all)?\([^()]*\)\s*")
 MOST_CHARACTERS = 2000  # of a message
+# modules whose functions a submission must not have replaced when it is checked, and others that take time to load
+WATCHED = ("builtins", "torch", "numpy", "json", "time", "signal", "otter.execute", "otter.test_files.exception_test")
+LOADED = ("matplotlib.pyplot", "nbformat", "scipy.stats", "IPython.core.interactiveshell")
 
 
 class TimeLimit(BaseException):
@@ -48,9 +54,9 @@ def read_notebook(path: Path):
     import nbformat
 
     try:
-        notebook = nbformat.reader.reads(path.read_text(encoding="utf-8-sig"))
+        notebook = json.loads(path.read_text(encoding="utf-8-sig"))
         if "cells" not in notebook:
-            notebook = nbformat.convert(notebook, 4)
+            notebook = nbformat.convert(nbformat.from_dict(notebook), 4)  # the form before 2014
         return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     except Exception as error:
         raise ValueError(f"not a notebook: {type(error).__name__}") from None
@@ -133,7 +139,7 @@ def remember(*modules) -> list[tuple]:
     own = [value for value in classes if value.__module__.startswith("nf4lab")]
     return [
         (holder, {name: value for name, value in vars(holder).items() if callable(value)})
-        for holder in (*modules, *package, *own)
+        for holder in (*modules, sys.modules["torch"].Tensor, *package, *own)
     ]
 
 
@@ -148,49 +154,50 @@ def restore(remembered: list[tuple]) -> list[str]:
     return changed
 
 
-def main() -> None:
-    folder, lab, readable = Path(sys.argv[1]), sys.argv[2], sys.argv[6:]
-    memory_bytes, seconds, cell_seconds = map(int, sys.argv[3:6])
-    line_in, line_out = open_line()
-    layers = confine(folder, readable, memory_bytes, seconds + 10)  # of processor time: the grader's clock comes first
+def load(lab: str, readable: list[str]) -> None:
+    """Import what every submission needs; nothing else of this machine stays on the path."""
     sys.path[:] = [path for path in sys.path if path.startswith((*SYSTEM, *readable))]
+    for name in (*WATCHED, *LOADED, "nf4lab.labs.feedback"):
+        importlib.import_module(name)
+    if importlib.util.find_spec(f"nf4lab.labs.{lab}"):
+        importlib.import_module(f"nf4lab.labs.{lab}")
+
+
+def grade(task: dict, line_in, line_out) -> None:
+    """The whole of it, in a process that is already confined."""
+    folder, seconds = Path(task["folder"]), task["cell_seconds"]
 
     def tell(**what) -> None:
         line_out.write(json.dumps(what) + "\n")
         line_out.flush()
 
-    tell(layers=layers)
+    tell(layers=task["layers"])
     os.chdir(folder)
-    import builtins
-    import importlib
-
-    import numpy as np
-    import scipy.stats  # noqa: F401  loaded before the watch, which refuses the programs that libraries look for
-    import torch
-    from IPython.core.interactiveshell import InteractiveShell
-    from otter.execute import Checker
-    from otter.test_files.exception_test import ExceptionTestFile  # noqa: F401
-
-    importlib.import_module("nf4lab.labs.feedback")
-    if importlib.util.find_spec(f"nf4lab.labs.{lab}"):
-        importlib.import_module(f"nf4lab.labs.{lab}")
     try:
         sources = read_notebook(folder / "submission.ipynb")
     except ValueError as error:
         tell(unreadable=str(error))
         return
-    shell = InteractiveShell.instance()
-    shell.system = shell.system_piped = shell.getoutput = lambda command, *_, **__: None  # `!command` does nothing
-    shell.run_line_magic = quiet_pip(shell.run_line_magic)
     tell(loaded=True, twice=defined_twice(sources), suspect=sorted(set(SUSPECT.findall("\n".join(sources)))))
-    remembered = remember(builtins, torch, torch.Tensor, np, json, time, signal, Checker)
-    watch(folder, readable, lambda what: tell(refused=what))
-    run_cells(sources, shell, cell_seconds, tell)
+    shell, remembered = quiet_shell(), remember(*map(sys.modules.get, WATCHED))
+    watch(folder, task["readable"], lambda what: tell(refused=what))
+    run_cells(sources, shell, seconds, tell)
     tell(ran=True, replaced=restore(remembered))
-    run_checks(json.loads(line_in.readline()), False, shell.user_ns, cell_seconds, tell)
+    run_checks(json.loads(line_in.readline()), False, shell.user_ns, seconds, tell)
     tell(public=True, replaced=restore(remembered))
-    run_checks(json.loads(line_in.readline()), True, shell.user_ns, cell_seconds, tell)
+    run_checks(json.loads(line_in.readline()), True, shell.user_ns, seconds, tell)
     tell(done=True)
+
+
+def quiet_shell():
+    """An IPython shell without history, in which `!command` and %pip do nothing."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    shell.system = shell.system_piped = shell.getoutput = lambda command, *_, **__: None
+    shell.run_line_magic = quiet_pip(shell.run_line_magic)
+    return shell
 
 
 def quiet_pip(run_line_magic):
@@ -204,5 +211,51 @@ def quiet_pip(run_line_magic):
     return run
 
 
+def alone(task: dict) -> None:
+    """Run one submission in this process, with the line to the grader at its standard input and output."""
+    line_in, line_out = open_line()
+    task["layers"] = confine(Path(task["folder"]), task["readable"], task["memory_bytes"], task["seconds"])
+    load(task["lab"], task["readable"])
+    grade(task, line_in, line_out)
+
+
+def serve(task: dict) -> None:
+    """Load everything once, then run each submission that the grader sends in a fork of this process.
+
+    A message is a task and the two ends of its line; the answer is the number of the process that runs it.
+    """
+    grader = socket.socket(fileno=os.dup(0))
+    open_line()
+    load(task["lab"], task["readable"])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, ends, *_ = socket.recv_fds(grader, 2**16, 2)
+        if not message:
+            return
+        child = os.fork()
+        if not child:
+            grader.close()
+            run_in_fork(json.loads(message), *ends)
+        for end in ends:
+            os.close(end)
+        grader.send(str(child).encode())
+
+
+def run_in_fork(task: dict, read: int, write: int) -> None:
+    """Run one submission and end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    die_with_parent()
+    os.environ.clear()
+    os.environ.update(task["environment"])
+    try:
+        task["layers"] = confine(Path(task["folder"]), task["readable"], task["memory_bytes"], task["seconds"])
+        grade(task, os.fdopen(read, "r"), os.fdopen(write, "w", closefd=False))
+    except BaseException as error:
+        os.write(write, json.dumps({"broken": short(error)}).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    main()
+    {"alone": alone, "serve": serve}[sys.argv[1]](json.loads(sys.argv[2]))
