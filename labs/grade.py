@@ -62,11 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=default, help=f"limit (default {default})"
         )
+    parser.add_argument("--grader", type=Path, help="the grader (default: what `make labs` wrote to _build/labs)")
     parser.add_argument("--container", metavar="IMAGE", help="run each submission in a container of this image")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on the Dask cluster at this address")
     given = parser.parse_args(arguments)
     try:
-        job = job_of(given.lab, Limits(given.seconds, given.cell_seconds, given.memory_gb), given.container)
+        job = job_of(
+            given.lab, Limits(given.seconds, given.cell_seconds, given.memory_gb), given.container, given.grader
+        )
         files = submissions(given.folder)
     except FileNotFoundError as error:
         parser.error(str(error))

@@ -211,8 +211,11 @@ def write_if_different(path: Path, text: str, check: bool) -> bool:
     return True
 
 
-def make(lab: str, seed: int, check: bool = False) -> list[str]:
-    """Make all of one lab; the names of the students' files that were out of date."""
+def make(lab: str, seed: int, check: bool = False, grader: Path | None = None) -> list[str]:
+    """Make all of one lab; the names of the students' files that were out of date.
+
+    check: leave those as they are. grader: where the grader goes, instead of _build/labs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         student, public, every = assign(lab, Path(folder))
         files = {ROOT / "labs" / lab / f"{lab}.ipynb": nbformat.writes(student) + "\n"}
@@ -222,8 +225,8 @@ def make(lab: str, seed: int, check: bool = False) -> list[str]:
             stale.append(str(extra.relative_to(ROOT)))
             if not check:
                 extra.unlink()
-        if not check:
-            write_grader(Path(folder) / "made", GRADERS / f"{lab}.zip", check_files(lab, every, seed))
+        if grader or not check:
+            write_grader(Path(folder) / "made", grader or GRADERS / f"{lab}.zip", check_files(lab, every, seed))
     return stale
 
 

@@ -12,6 +12,7 @@ The cells' metadata is not looked at, so notebooks that lost it are graded like 
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -214,9 +215,21 @@ def quiet_pip(run_line_magic):
 def alone(task: dict) -> None:
     """Run one submission in this process, with the line to the grader at its standard input and output."""
     line_in, line_out = open_line()
-    task["layers"] = confine(Path(task["folder"]), task["readable"], task["memory_bytes"], task["seconds"])
-    load(task["lab"], task["readable"])
-    grade(task, line_in, line_out)
+    with told_if_broken(line_out.fileno()):
+        task["layers"] = confine(Path(task["folder"]), task["readable"], task["memory_bytes"], task["seconds"])
+        load(task["lab"], task["readable"])
+        grade(task, line_in, line_out)
+
+
+@contextlib.contextmanager
+def told_if_broken(line: int):
+    """End the process, and first tell the grader of an error that is not the submission's."""
+    try:
+        yield
+    except BaseException as error:
+        os.write(line, json.dumps({"broken": short(error)}).encode() + b"\n")
+    finally:
+        os._exit(0)
 
 
 def serve(task: dict) -> None:
@@ -248,13 +261,9 @@ def run_in_fork(task: dict, read: int, write: int) -> None:
     die_with_parent()
     os.environ.clear()
     os.environ.update(task["environment"])
-    try:
+    with told_if_broken(write):
         task["layers"] = confine(Path(task["folder"]), task["readable"], task["memory_bytes"], task["seconds"])
         grade(task, os.fdopen(read, "r"), os.fdopen(write, "w", closefd=False))
-    except BaseException as error:
-        os.write(write, json.dumps({"broken": short(error)}).encode() + b"\n")
-    finally:
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Submissions to grade: right, wrong and hostile ones, made from a lab's master."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -151,9 +150,7 @@ HTML = "raise ValueError('<script>alert(1)</script>')"
 def hostile(lab: str, target: Path, port: int) -> dict[str, tuple[bytes, float, str, str]]:
     """Submissions of every bad kind: file, points that it should get, pattern of the outcome and of the notes."""
     full = 20
-    twice = new_notebook(
-        cells=[copy.deepcopy(cell) | {"id": f"{cell.id}{i}"} for cell in solved(lab).cells for i in "ab"]
-    )
+    twice = json.dumps(solved(lab) | {"cells": [cell for cell in solved(lab).cells for _ in range(2)]}).encode()
     renamed = nbformat.writes(solved(lab)).replace("equal_shares", "equal_share").encode()
     return {
         "endless cell": (as_bytes(preceded(lab, "while True: pass")), full, "graded; 1 cell failed", "^$"),
@@ -161,10 +158,10 @@ def hostile(lab: str, target: Path, port: int) -> dict[str, tuple[bytes, float, 
             as_bytes(with_answer(lab, "def equal_shares(n):\n    while True: pass")), full - 2, "1 cell failed", "^$"
         ),
         "endless and stubborn": (as_bytes(preceded(lab, STUBBORN)), 0, "time limit", "^$"),
-        "syntax error": (as_bytes(with_answer(lab, "def equal_shares(n)\n    return")), full - 2, "2 cells failed", "^$"),
+        "syntax error": (as_bytes(with_answer(lab, "def equal_shares(n) 1")), full - 2, "2 cells failed", "^$"),
         "missing cell": (as_bytes(without(lab, "equal_shares")), full - 2, "graded", "^$"),
         "stripped": (stripped(solved(lab)), full, "^graded$", "^$"),
-        "duplicated": (as_bytes(twice), full, "^graded$", "twice"),
+        "duplicated": (twice, full, "^graded$", "twice"),
         "renamed": (renamed, full - 2, "^graded$", "^$"),
         "not json": (b'{"cells": [', 0, "unreadable", "^$"),
         "not a notebook": (b"[1, 2]", 0, "unreadable", "^$"),
