@@ -174,12 +174,12 @@ def check_best_tail(f, w: Tensor, tails: list[float]) -> None:
     got = feedback.call(f, w, tails)
     got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
     causes = {
-        "this is the tail with the largest error": max(tails, key=lambda tail: errors[tail][0]),
         "the error was taken of the normalised weights: multiply back by each block's absmax first": (
             min(tails, key=lambda tail: errors[tail][1])
         ),
         "one absmax for all of w: each block of 64 has its own": min(tails, key=lambda tail: whole[tail]),
         "the mean of the magnitudes was compared, not of the squares": min(tails, key=lambda tail: errors[tail][2]),
+        "this is the tail with the largest error": max(tails, key=lambda tail: errors[tail][0]),
         "this is a position in the list, or an error: asked for is the tail itself": lambda x: x not in tails,
     }
     feedback.same(got, expected, "best_tail", causes)
