@@ -5,6 +5,7 @@ mistake is named by what it would give: `causes` maps a sentence to the result o
 or to a function that recognises it. Public and hidden checks use the same helpers.
 """
 
+import contextlib
 import difflib
 import os
 import sys
@@ -37,8 +38,11 @@ def given(env: Mapping[str, object], name: str) -> Callable:
     raise Mistake(f"there is no function `{name}`.{hint}")
 
 
-def call(function: Callable, *args, package: bool = False, **kwargs):
+def call(function: Callable, *args, package: bool = False, others: Mapping[str, Callable] | None = None, **kwargs):
     """What the student's function returns.
+
+    others: correct versions of what the other questions ask for, by name. The student's own are put aside during the
+    call, so that a mistake costs the points of its own question and no more.
 
     Raises Mistake where it ends in an error (naming it, and the function's line), where it returns nothing or `...`,
     and, unless `package`, where it calls nf4lab: the package is what the answer is compared with.
@@ -54,8 +58,9 @@ def call(function: Callable, *args, package: bool = False, **kwargs):
 
     before = sys.getprofile()
     try:
-        sys.setprofile(before if package else watch)
-        result = function(*args, **kwargs)
+        with _put_aside(function, others or {}):
+            sys.setprofile(before if package else watch)
+            result = function(*args, **kwargs)
     except Exception as error:
         sys.setprofile(before)
         if borrowed:
@@ -68,6 +73,38 @@ def call(function: Callable, *args, package: bool = False, **kwargs):
     if result is None or result is Ellipsis:
         raise Mistake(f"`{name}` returned {result}: it is not written yet, or a `return` is missing")
     return result
+
+
+@contextlib.contextmanager
+def _put_aside(function: Callable, others: Mapping[str, Callable]):
+    """Let the function find the others in place of the functions of those names, except for its own."""
+    variables, missing = getattr(function, "__globals__", {}), object()
+    names = [name for name in others if name != getattr(function, "__name__", None)]
+    before = {name: variables.get(name, missing) for name in names}
+    variables.update({name: _unwatched(others[name]) for name in names})
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        for name, value in before.items():
+            if value is missing:
+                variables.pop(name, None)
+            else:
+                variables[name] = value
+
+
+def _unwatched(other: Callable) -> Callable:
+    """The function, which may call nf4lab: the watch on the student's code rests meanwhile."""
+
+    def run(*args, **kwargs):
+        watch = sys.getprofile()
+        sys.setprofile(None)
+        try:
+            return other(*args, **kwargs)
+        finally:
+            sys.setprofile(watch)
+
+    return run
 
 
 def same(got, expected, what: str, causes: Causes | None = None) -> None:
@@ -92,10 +129,13 @@ def close(got, expected, what: str, tolerance: float, causes: Causes | None = No
 
     tolerance: at most this share; the check that sets it says why. Raises Mistake otherwise, as `same` does.
     """
-    expected = torch.as_tensor(expected)
-    if isinstance(got, int | float) and not isinstance(got, bool):
+    number = not isinstance(expected, Tensor)
+    expected = torch.as_tensor(expected, dtype=torch.float64 if number else None)
+    if number and isinstance(got, int | float) and not isinstance(got, bool):
         got = torch.tensor(got, dtype=torch.float64)
     got = _tensor_like(got, expected, what, causes)
+    if not number and got.dtype != expected.dtype:
+        raise Mistake(f"{what}: expected dtype {_dtype(expected)}, got {_dtype(got)}{_likely(got, causes)}")
     wrong = ~((got.double() - expected.double()).abs() <= tolerance * expected.double().abs().max())
     if wrong.any():
         raise Mistake(_first_difference(got, expected, wrong, what) + _likely(got, causes))

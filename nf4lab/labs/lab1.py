@@ -12,12 +12,16 @@ from nf4lab.labs import feedback
 
 FLOAT32 = 1e-6  # of the largest level: a few float32 roundings, for formulas that are equal on paper
 norm = scipy.stats.norm
+OTHERS = {  # what a question may stand on
+    "nearest": lambda w, levels: torch.bucketize(w, (levels[:-1] + levels[1:]) / 2).to(torch.uint8),
+    "nf4": lambda tail=codebooks.TAIL: codebooks.nf4(tail),
+}
 
 
 def check_symmetric(f, absmax: float, bits: int) -> None:
     """Even levels -m..m over m, times absmax."""
     m = 2 ** (bits - 1) - 1
-    got = feedback.call(f, absmax, bits)
+    got = feedback.call(f, absmax, bits, others=OTHERS)
     causes = {
         f"{2**bits} levels, with -{m + 1} among them: a zero in the middle leaves one code unused": _has(2**bits),
         f"only one side: the levels run from -absmax to absmax, {2 * m + 1} of them": _has(m + 1),
@@ -30,7 +34,7 @@ def check_symmetric(f, absmax: float, bits: int) -> None:
 
 def check_min_max(f, low: float, high: float, n: int) -> None:
     """n even levels from low to high."""
-    got, i = feedback.call(f, low, high, n), torch.arange(n)
+    got, i = feedback.call(f, low, high, n, others=OTHERS), torch.arange(n)
     causes = {
         f"{n} gaps: {n} levels have {n - 1} gaps between them": low + i * ((high - low) / n),
         "the levels lie in the middle of n cells: the first is low and the last is high": (
@@ -59,7 +63,7 @@ def check_nearest(f, w: Tensor, levels: Tensor) -> None:
     """The code of the nearest level; a weight half-way takes the lower code."""
     boundaries = (levels[:-1] + levels[1:]) / 2
     expected = torch.bucketize(w, boundaries).to(torch.uint8)
-    got = feedback.call(f, w, levels)
+    got = feedback.call(f, w, levels, others=OTHERS)
     causes = {
         "these are the levels themselves; asked for are their codes": levels[expected.int()],
         "a tie went the wrong way: a weight half-way between two levels takes the lower code": (
@@ -77,7 +81,7 @@ def check_nearest(f, w: Tensor, levels: Tensor) -> None:
 
 def check_equal_shares(f, n: int) -> None:
     """The normal quantiles at (i + 0.5)/n."""
-    got, i = feedback.call(f, n), np.arange(n)
+    got, i = feedback.call(f, n, others=OTHERS), np.arange(n)
     expected = codebooks.quantile_midpoints(n)
     causes = {
         "the quantile of 0 or of 1 is infinite: take the middle of each slice, (i + 1/2)/n": (
@@ -97,7 +101,7 @@ def check_equal_shares(f, n: int) -> None:
 
 def check_normal_float(f, tail: float) -> None:
     """Eight quantiles above zero, seven below, zero between them, over the largest."""
-    got, expected = feedback.call(f, tail), codebooks.nf4(tail)
+    got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
     feedback.close(got, expected, f"normal_float({tail:.7g})", FLOAT32, _normal_float_causes(tail, expected))
 
 
@@ -130,7 +134,7 @@ def check_nf4(f, tail: float) -> None:
     """NF4's levels for this tail, to the bit."""
     upper, lower = (torch.linspace(tail, 0.5, k)[:-1].double().numpy() for k in (9, 8))
     late = np.concatenate([-norm.ppf(lower), [0.0], norm.ppf(upper)[::-1]]) / norm.ppf(upper[0])
-    got, expected = feedback.call(f, tail), codebooks.nf4(tail)
+    got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
     causes = {
         "rounded to float32 after the division: round the quantiles first": _exactly(_float(late)),
         "NumPy's float32 `linspace`: its points are not torch's": _exactly(_by_numpy(tail, np.float32)),
@@ -171,7 +175,7 @@ def check_best_tail(f, w: Tensor, tails: list[float]) -> None:
     errors = {tail: _errors(w, codebooks.nf4(tail)) for tail in tails}
     whole = {tail: _errors(w, codebooks.nf4(tail), len(w))[0] for tail in tails}
     expected = min(tails, key=lambda tail: errors[tail][0])
-    got = feedback.call(f, w, tails)
+    got = feedback.call(f, w, tails, others=OTHERS)
     got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
     causes = {
         "the error was taken of the normalised weights: multiply back by each block's absmax first": (

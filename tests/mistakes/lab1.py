@@ -29,7 +29,7 @@ MISTAKES = {
     ),
     "levels instead of codes": (
         "def nearest(w, levels):\n    return levels[(w[:, None] - levels).abs().argmin(dim=1)]",
-        7,  # question 6 stands on it
+        4,
         r"codes: expected dtype uint8, got float32\nLikely cause: these are the levels themselves",
     ),
     "the level below": (
@@ -86,7 +86,7 @@ MISTAKES = {
     ),
     "the table pasted": (
         "def nf4(tail=0.9677083):\n    return published",
-        6,  # question 6 too, where all tails come out alike
+        3,
         r"`tail` is not used: this is the table itself",
     ),
     "rounded once, at the end": (
@@ -113,7 +113,7 @@ MISTAKES = {
     ),
     "the package's own": (
         "def nf4(tail=0.9677083):\n    import nf4lab\n    return nf4lab.codebooks.nf4(tail)",
-        7,
+        4,
         r"`nf4` calls nf4lab \(`nf4`\)\. Write it yourself",
     ),
     "one absmax for all": (
