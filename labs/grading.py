@@ -30,7 +30,7 @@ MOST_LINES_BYTES = 2**20  # of what a submission's process may tell
 
 @dataclass(frozen=True)
 class Limits:
-    """What one submission may take."""
+    """What one submission may take. Each of its processes meets the memory limit itself; all together are watched."""
 
     seconds: int = 300
     cell_seconds: int = 60
@@ -221,7 +221,7 @@ def listen(running: Running, job: Job) -> tuple[list[dict], str, int]:
             for over, ended in (
                 (time.monotonic() > deadline, f"time limit ({job.limits.seconds} s)"),
                 (n_processes > job.limits.processes + 2, f"more than {job.limits.processes} processes"),
-                (used_bytes > job.limits.memory_bytes, f"memory limit ({job.limits.memory_gb:g} GB)"),
+                (used_bytes > 1.25 * job.limits.memory_bytes, f"memory limit ({job.limits.memory_gb:g} GB)"),
                 (len(heard) > MOST_LINES_BYTES, "told the grader too much"),
             ):
                 if over:

@@ -107,9 +107,10 @@ def defined_twice(sources: list[str]) -> list[str]:
     counts: Counter[str] = Counter()
     for source in sources:
         try:
-            counts.update({node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)})
+            names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
         except (SyntaxError, ValueError, RecursionError):
             continue
+        counts.update(dict.fromkeys(names, 1))
     return [name for name, count in counts.items() if count > 1]
 
 

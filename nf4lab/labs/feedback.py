@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
-LABS = str(Path(__file__).resolve().parent) + os.sep
+PACKAGE = str(Path(__file__).parents[1]) + os.sep  # as imported: a code object's file name does not resolve links
+LABS = str(Path(__file__).parent) + os.sep
 Causes = Mapping[str, object]  # a likely cause -> what it would give, or a function from the result to True or False
 
 
