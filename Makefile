@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks bench home clean
+.PHONY: help book test lint notebooks labs grade bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,12 @@ lint: $(BIN)/ready ## ruff: style and format
 notebooks: $(BIN)/ready ## write the notebook beside each chapter
 	$(BIN)/python book/make_notebooks.py
 
+labs: $(BIN)/ready ## write each lab's notebook, checks and grader: make labs SEED=2027
+	$(BIN)/python labs/make_labs.py --seed $(or $(SEED),2026)
+
+grade: $(BIN)/ready ## grade a folder of notebooks: make grade LAB=2 IN=folder OUT=grades.csv ARGS=--help
+	$(BIN)/python labs/grade.py $(ARGS) $(LAB) $(IN) $(OUT)
+
 bench: $(BIN)/ready ## measure the kernels here: make bench NAME=my-cpu; writes benchmarks/results/
 	$(BIN)/python benchmarks/cpu.py $(or $(NAME),$(shell uname -m))
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -31,6 +37,7 @@ home: $(BIN)/ready ## give the project its address: make home URL=https://github
 	@case "$(URL)" in https://*/*/*) ;; *) echo "make home URL=https://github.com/you/nf4lab"; exit 2;; esac
 	sed -i.bak -E 's|^(  url: ).*|\1$(URL)|' _config.yml && rm _config.yml.bak
 	$(BIN)/python book/make_notebooks.py
+	$(BIN)/python labs/make_labs.py
 
 clean: ## remove what was built, and the environment
 	rm -rf _build .venv

@@ -54,18 +54,28 @@ def notebook_of(chapter: Path) -> nbformat.NotebookNode:
     notebook = jupytext.read(chapter)
     notebook.cells = split_title(notebook.cells)
     notebook.cells.insert(1, nbformat.v4.new_code_cell(setup_cell(), metadata={"tags": ["setup"]}))
-    notebook.metadata = {
+    notebook.metadata = metadata_for_colab(notebook)
+    number(notebook.cells)
+    return notebook
+
+
+def metadata_for_colab(notebook: nbformat.NotebookNode) -> dict:
+    """What a made notebook says of itself; a GPU is asked for only where its source does."""
+    return {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
         "colab": {"provenance": [], "toc_visible": True},
         **{key: notebook.metadata[key] for key in ("accelerator",) if key in notebook.metadata},
     }
+
+
+def number(cells: list) -> None:
+    """Give the cells ids that change only where their text does."""
     seen: dict[str, int] = {}
-    for cell in notebook.cells:
+    for cell in cells:
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:12]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = f"{digest}-{seen[digest]}"
-    return notebook
 
 
 def split_title(cells: list) -> list:

@@ -1,0 +1,218 @@
+"""What the checks of lab 2 (blocks) compare, and the mistakes that they name."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nf4lab
+from nf4lab.labs import feedback
+from nf4lab.models import minilm_matrices
+from nf4lab.packing import pack, unpack
+
+LEVELS = nf4lab.codebooks.nf4()
+BOUNDARIES = (LEVELS[:-1] + LEVELS[1:]) / 2
+SIZES = nf4lab.BLOCK_SIZES
+
+
+def blocks_of(w: Tensor, block_size: int) -> Tensor:
+    """The blocks of w in row-major order, the last one filled with zeros: float32 (n_blocks, block_size)."""
+    flat = w.float().reshape(-1)
+    return F.pad(flat, (0, -len(flat) % block_size)).reshape(-1, block_size)
+
+
+def _encode(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    q = nf4lab.quantize(w, "nf4", block_size)
+    return q.codes, q.absmax
+
+
+def _decode(packed: Tensor, absmax: Tensor, n: int, block_size: int) -> Tensor:
+    scale = F.pad(absmax, (0, 1)).repeat_interleave(block_size)[:n]
+    return LEVELS[unpack(packed, n).int()] * scale
+
+
+def bits(n: int, block_size: int) -> float:
+    """Bits a weight, counted in whole bytes and whole blocks."""
+    return 8 * ((n + 1) // 2 + 4 * -(-n // block_size)) / n
+
+
+OTHERS = {  # what a question may stand on
+    "block_absmax": lambda w, block_size: blocks_of(w, block_size).abs().amax(dim=1),
+    "encode": _encode,
+    "pack": lambda codes: pack(codes, pad=7),
+    "unpack": unpack,
+    "decode": _decode,
+    "bits_per_weight": bits,
+}
+
+
+def check_absmax(f, w: Tensor, block_size: int) -> None:
+    """The largest magnitude of each block."""
+    blocks = blocks_of(w, block_size)
+    expected = blocks.abs().amax(dim=1)
+    got = feedback.call(f, w, block_size, others=OTHERS)
+    causes = {
+        "this is the largest value, not the largest magnitude": blocks.amax(dim=1),
+        "absmax over the wrong axis: one for each position in a block, not for each block": blocks.abs().amax(dim=0),
+        "one absmax for each row of the matrix: blocks run on from row to row": _when(w, lambda: w.abs().amax(dim=1)),
+        "one absmax for each column of the matrix: blocks run along the rows": _when(w, lambda: w.abs().amax(dim=0)),
+        "blocks run down the columns here; they run along the rows, as memory does": (
+            blocks_of(w.T, block_size).abs().amax(dim=1) if w.dim() == 2 else None
+        ),
+        "the last block, shorter than the others, is missing": expected[:-1],
+        "one absmax for the whole tensor": lambda x: x.numel() == 1 < expected.numel(),
+    }
+    feedback.same(got, expected, f"block_absmax of {tuple(w.shape)} in blocks of {block_size}", causes)
+
+
+def _when(w: Tensor, make):
+    return make() if w.dim() == 2 else None
+
+
+def beside_boundaries(n_blocks: int, generator: torch.Generator) -> Tensor:
+    """Blocks of 16 with the 15 boundaries times the absmax in them, where the last digit decides: float32."""
+    absmax = 1 + 8 * torch.rand(n_blocks, 1, generator=generator)
+    return torch.cat([absmax, absmax * BOUNDARIES], dim=1).reshape(-1)
+
+
+def check_encode(f, w: Tensor, block_size: int) -> None:
+    """Codes and absmax, as the package and bitsandbytes have them."""
+    q = nf4lab.quantize(w, "nf4", block_size)
+    got = feedback.call(f, w, block_size, others=OTHERS)
+    feedback.that(
+        isinstance(got, tuple) and len(got) == 2,
+        f"encode: expected two tensors, codes and absmax; got {feedback.describe(got)}",
+    )
+    feedback.same(got[1], q.absmax, "absmax")
+    feedback.same(got[0], q.codes, "codes", _encode_causes(w, q, block_size))
+
+
+def _encode_causes(w: Tensor, q, block_size: int) -> dict:
+    blocks, n = blocks_of(w, block_size), w.numel()
+    reciprocal = torch.where(q.absmax > 0, 1 / q.absmax, 0)[:, None]
+    normalized, divided = blocks * reciprocal, (blocks / q.absmax[:, None]).nan_to_num(nan=0.0)
+    whole = blocks / blocks.abs().max()
+    not_a_number = torch.bucketize(normalized, BOUNDARIES).where(q.absmax[:, None] > 0, torch.tensor(0))
+    return {
+        "divided by the absmax: the format multiplies by its reciprocal, which rounds differently": (
+            torch.bucketize(divided, BOUNDARIES).reshape(-1)[:n]
+        ),
+        "a tie went the wrong way: on a boundary the lower code is taken": (
+            torch.bucketize(normalized, BOUNDARIES, right=True).reshape(-1)[:n]
+        ),
+        "in a block of zeros, 0 times infinity is not a number: its codes are 7, the code of 0": (
+            not_a_number.reshape(-1)[:n]
+        ),
+        "one absmax for the whole tensor: each block has its own": torch.bucketize(whole, BOUNDARIES).reshape(-1)[:n],
+        "the weights are not divided by their absmax": torch.bucketize(blocks, BOUNDARIES).reshape(-1)[:n],
+        "the codes of the zeros that fill the last block are still there: cut them off": (
+            lambda x: x.numel() == blocks.numel() > n
+        ),
+        "the codes are still in blocks: make them one-dimensional": lambda x: x.dim() != 1,
+    }
+
+
+def check_pack(f, codes: Tensor) -> None:
+    """Two codes a byte, the even element high, an odd length filled with 7."""
+    even = F.pad(codes, (0, len(codes) % 2), value=7)
+    half = even.reshape(2, -1)
+    causes = {
+        "the nibbles are swapped: the element with the even index goes to the high four bits": (
+            even[1::2] << 4 | even[0::2]
+        ),
+        "the first half was packed with the second: neighbours share a byte": half[0] << 4 | half[1],
+        "an odd length is filled with 7, the code of zero, not with 0": pack(codes, pad=0),
+        "an odd length lost its last code": pack(codes[: len(codes) // 2 * 2]),
+        "one code a byte: nothing is packed yet": lambda x: x.numel() == codes.numel() > 1,
+        "added without a shift: the high code moves up by four bits": even[0::2] + even[1::2],
+    }
+    feedback.same(feedback.call(f, codes, others=OTHERS), pack(codes, pad=7), "packed", causes)
+
+
+def check_unpack(f, packed: Tensor, n: int) -> None:
+    """The first n codes of packed bytes."""
+    high, low = packed >> 4, packed & 15
+    causes = {
+        "the nibbles are swapped: the high four bits come first": torch.stack([low, high], dim=1).reshape(-1)[:n],
+        "all high nibbles come before all low ones: they alternate": torch.cat([high, low])[:n],
+        "one code too many: the last byte may hold only one, cut to n": lambda x: x.numel() == 2 * packed.numel() > n,
+        "the high nibble is not shifted down": torch.stack([packed & 240, low], dim=1).reshape(-1)[:n],
+    }
+    feedback.same(feedback.call(f, packed, n, others=OTHERS), unpack(packed, n), "codes", causes)
+
+
+def check_decode(f, w: Tensor, block_size: int) -> None:
+    """The weights that packed codes and absmax stand for."""
+    q = nf4lab.quantize(w, "nf4", block_size)
+    n, values = w.numel(), LEVELS[q.codes.int()]
+    swapped = torch.stack([q.packed & 15, q.packed >> 4], dim=1).reshape(-1)[:n]
+    scale = q.absmax.repeat_interleave(block_size)[:n]
+    tiled = q.absmax.repeat(block_size)[:n]
+    causes = {
+        "the nibbles are swapped": LEVELS[swapped.int()] * scale,
+        "the absmax are in the wrong order: repeat each for its block (`repeat_interleave`), not all in turn": (
+            values * tiled
+        ),
+        "not multiplied by the absmax": values,
+        "these are the codes: look the levels up": q.codes,
+        "the last block is shorter: cut to n": lambda x: x.numel() > n,
+    }
+    got = feedback.call(f, q.packed, q.absmax, n, block_size, others=OTHERS)
+    feedback.same(got, q.dequantize(torch.float32).reshape(-1), "weights", causes)
+
+
+def check_bits(f, n: int, block_size: int) -> None:
+    """Bits a weight, exactly."""
+    causes = {
+        "the last block is shorter, but its absmax takes 4 bytes like any other: round up": (
+            8 * ((n + 1) // 2 + 4 * (n // block_size)) / n
+        ),
+        "an odd number of codes takes a whole byte more": 8 * (n // 2 + 4 * -(-n // block_size)) / n,
+        "4 + 32/block size is right only where the blocks come out even": 4 + 32 / block_size,
+        "an absmax is a float32: 32 bits, not 16": 8 * ((n + 1) // 2 + 2 * -(-n // block_size)) / n,
+        "these are bytes: a byte has 8 bits": bits(n, block_size) / 8,
+        "this is the total: divide by the number of weights": bits(n, block_size) * n,
+        "the constants are not counted": 4.0,
+    }
+    got = feedback.call(f, n, block_size, others=OTHERS)
+    # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
+    feedback.close(got, bits(n, block_size), f"bits_per_weight({n}, {block_size})", 1e-9, causes)
+
+
+def pick(generator: torch.Generator) -> Tensor:
+    """A matrix of the encoder of all-MiniLM-L6-v2 (384 by 384), and a piece of it whose blocks don't come out even."""
+    names = [name for name, m in minilm_matrices().items() if name.startswith("encoder") and m.numel() == 384 * 384]
+    w = minilm_matrices()[names[torch.randint(len(names), (1,), generator=generator).item()]]
+    rows = torch.randint(200, 380, (1,), generator=generator).item()
+    return w[:rows, : rows - 7].contiguous()
+
+
+def even_in_blocks_of(block_size: int, generator: torch.Generator) -> Tensor:
+    """Weights that this block size stores without error, and smaller ones do not: float32 (64 * block_size,)."""
+    codes = torch.randint(1, 15, (64, block_size), generator=generator)
+    codes[:, 0] = 15
+    absmax = 2.0 ** torch.randint(-3, 4, (64, 1), generator=generator)
+    return (LEVELS[codes] * absmax).reshape(-1)
+
+
+def check_best_block_size(f, w: Tensor, budget: float) -> None:
+    """The block size of least error that the budget allows."""
+    n = w.numel()
+    error = {B: nf4lab.mse(w, nf4lab.quantize(w, "nf4", B).dequantize()) for B in SIZES}
+    fits = [B for B in SIZES if bits(n, B) <= budget]
+    expected = min(fits, key=error.get)
+    strictly = [B for B in fits if bits(n, B) < budget]
+    by_formula = [B for B in SIZES if budget >= 4 + 32 / B]
+    got = feedback.call(f, w, budget, others=OTHERS)
+    causes = {
+        "this block size takes more bits than the budget": lambda x: (
+            x in SIZES and x not in fits and x not in by_formula
+        ),
+        "a block size that takes just the budget is allowed": min(strictly, key=error.get) if strictly else None,
+        "count the bits as they are: 4 + 32/block size is right only where the blocks come out even": (
+            min(by_formula, key=error.get)
+        ),
+        "the smallest that fits need not have the least error: measure": min(fits),
+        "this is the block size with the largest error": max(fits, key=error.get),
+        "this is the least error: asked for is the block size": lambda x: isinstance(x, float) and x < 1,
+    }
+    feedback.same(got, expected, f"best_block_size within {budget:.6f} bits", causes)

@@ -1,0 +1,16 @@
+"""Made from labs/lab2/master.md by `make labs`."""
+
+import torch
+
+import nf4lab
+from nf4lab.labs import feedback, lab2
+from otter.test_files import test_case
+
+OK_FORMAT = False
+
+name = "q4"
+points = None
+
+@test_case(points=1, hidden=False)
+def of_two_blocks(env):
+    lab2.check_decode(feedback.given(env, 'decode'), torch.tensor([1.0, -0.5] * 8 + [0.25, 4.0, -3.0]), 16)

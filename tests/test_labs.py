@@ -1,0 +1,175 @@
+"""The labs: masters earn all points, handouts none, each likely mistake what it should, and nothing leaks."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from lab_submissions import ROOT, solved, with_answer
+
+sys.path.insert(0, str(ROOT / "labs"))
+import make_labs
+
+LABS = make_labs.labs()
+
+
+def mistakes_of(lab):
+    path = ROOT / "tests" / "mistakes" / f"{lab}.py"
+    if not path.exists():  # tested elsewhere
+        return {}
+    spec = importlib.util.spec_from_file_location(f"mistakes_{lab}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MISTAKES
+
+
+MISTAKES = [(lab, name) for lab in LABS for name in mistakes_of(lab)]
+
+
+@cache
+def made(lab, folder="/"):
+    """The student's notebook and the check files without seed, as the maker gives them."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return make_labs.assign(lab, Path(folder))
+
+
+@cache
+def checks(lab, seed=2026):
+    from otter.test_files.exception_test import ExceptionTestFile
+
+    files = make_labs.check_files(lab, made(lab)[2], seed)
+    return {Path(name).stem: ExceptionTestFile.from_string(text).test_cases for name, text in files.items()}
+
+
+def run(notebook, monkeypatch):
+    """The variables that the notebook's cells leave behind; a cell that fails does not stop the next."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    env = {"__name__": "__main__", "grader": None}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", []):
+                with contextlib.suppress(Exception):
+                    exec(compile(cell.source, "<cell>", "exec"), env)
+    return env
+
+
+def grade(env, lab, seed=2026):
+    """Points, and the messages of the checks that failed."""
+    points, messages = 0.0, []
+    for cases in checks(lab, seed).values():
+        for case in cases:
+            try:
+                case.body.call_func(env)
+                points += case.points
+            except Exception as error:
+                messages.append(str(error))
+    return points, messages
+
+
+def possible(lab):
+    return sum(case.points for cases in checks(lab).values() for case in cases)
+
+
+@pytest.fixture(scope="module")
+def solutions():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return {lab: run(solved(lab), monkeypatch) for lab in LABS}
+
+
+@pytest.mark.parametrize("seed", [2026, 2027, 1])
+@pytest.mark.parametrize("lab", LABS)
+def test_the_master_earns_all_points_with_any_seed(lab, seed, solutions):
+    assert grade(solutions[lab], lab, seed) == (possible(lab), [])
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_the_handout_earns_nothing_and_its_cells_run(lab, monkeypatch):
+    handout = made(lab)[0]
+    for cell in handout.cells:
+        if "setup" in cell.metadata.get("tags", []) or cell.source.startswith("grader.check"):
+            cell.source = ""
+    env = {"__name__": "__main__"}
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    for cell in handout.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "<cell>", "exec"), env)
+    points, messages = grade(env, lab)
+    assert points == 0
+    assert all("returned None" in message or "not written yet" in message for message in messages), messages
+
+
+@pytest.mark.parametrize(("lab", "name"), MISTAKES)
+def test_a_likely_mistake_loses_its_points_and_is_named(lab, name, monkeypatch):
+    answer, lost, message = mistakes_of(lab)[name]
+    points, messages = grade(run(with_answer(lab, answer), monkeypatch), lab)
+    assert any(re.search(message, found) for found in messages), messages
+    assert possible(lab) - points == lost, messages
+
+
+@pytest.mark.parametrize("lab", [lab for lab in LABS if mistakes_of(lab)])
+def test_there_are_at_least_six_mistakes(lab):
+    assert len(mistakes_of(lab)) >= 6
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_a_student_meets_the_mistakes_message_before_handing_in(lab):
+    """Each question has a public check, and at most half of the points are public."""
+    public = sum(case.points for cases in checks(lab).values() for case in cases if not case.hidden)
+    assert 0 < public <= possible(lab) / 2
+
+
+def test_what_students_get_is_up_to_date():
+    assert [stale for lab in LABS for stale in make_labs.make(lab, 2026, check=True)] == []
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_nothing_of_a_solution_or_a_hidden_check_is_in_a_students_file(lab):
+    master = jupytext.read(ROOT / "labs" / lab / "master.md")
+    given = "\n".join(cell.source for cell in nbformat.read(ROOT / "labs" / lab / f"{lab}.ipynb", 4).cells)
+    shipped = "\n".join(path.read_text() for path in (make_labs.PUBLIC / lab).glob("*.py"))
+    assert "SOLUTION" not in given and "SEED" not in given + shipped and "hidden=True" not in shipped
+    open_cells = "\n".join(cell.source for cell in master.cells if not make_labs.question(cell))
+    secret = []
+    for cell in master.cells:
+        if make_labs.question(cell) and make_labs.hidden(cell):
+            secret += re.findall(r"def (\w+)\(env\)", cell.source)
+            assert not re.search(rf"\b{secret[-1]}\b", given)
+        elif make_labs.question(cell) and make_labs.hidden(cell) is None:
+            blocks = re.findall(r"# BEGIN SOLUTION\n(.*?)# END SOLUTION", cell.source, re.DOTALL)
+            lines = [line.strip() for block in blocks for line in block.splitlines()]
+            secret_lines = [line for line in lines if len(line) > 12 and line not in open_cells]
+            assert secret_lines and not [line for line in secret_lines if line in given], lab
+    assert secret
+    own = [case.body.test_func.__name__ for cases in checks(lab).values() for case in cases if not case.hidden]
+    assert not [name for name in set(secret) - set(own) if re.search(rf"\bdef {name}\b", shipped)]
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_only_lab_4_asks_for_a_gpu_and_every_lab_has_its_button_and_setup(lab):
+    notebook = nbformat.read(ROOT / "labs" / lab / f"{lab}.ipynb", 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.get("accelerator") == ("GPU" if lab == "lab4" else None)
+    assert f"labs/{lab}/{lab}.ipynb)" in notebook.cells[0].source and "colab-badge" in notebook.cells[0].source
+    assert notebook.cells[1].metadata.tags == ["setup"]
+    assert f'checks("{lab}")' in notebook.cells[1].source
+    points = [
+        float(n)
+        for cell in notebook.cells
+        for n in re.findall(r"^## Question .*\(([\d.]+) points?\)", cell.source, re.M)
+    ]
+    assert sum(points) == possible(lab)
+
+
+def test_the_students_files_do_not_depend_on_the_seed():
+    lab = LABS[0]
+    one, two = (make_labs.check_files(lab, made(lab)[2], seed) for seed in (1, 2))
+    assert one != two
+    assert make_labs.make(lab, 12345, check=True) == []
