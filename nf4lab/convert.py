@@ -14,7 +14,7 @@ from nf4lab.checkpoint import METADATA, checkpoint_path, opened, write_index
 from nf4lab.checkpoint_keys import BITSANDBYTES_STATES, parts_of
 from nf4lab.double_quant import DoubleQuant, as_double_quant
 from nf4lab.formats import Format, as_format
-from nf4lab.tensorfile import Entry, TensorFile, header_room, writing
+from nf4lab.tensorfile import Entry, TensorFile, TensorWriter, header_room, writing
 
 INCLUDE = ("*.weight",)
 # What `transformers` leaves alone too: embeddings, which are looked up and not multiplied, and the output head.
@@ -43,7 +43,7 @@ def quantize_checkpoint(
     Floating-point matrices whose name matches a pattern of `include` and none of `exclude` are quantized, the rest is
     copied. Patterns are a shell's; * matches dots too. progress: show a bar.
 
-    At any time one tensor of the source is in memory, with its quantized parts. target takes its name only when it
+    At any time one tensor of the source is in memory, with its quantized parts: less than 2 bytes a weight beside it. target takes its name only when it
     is complete. A config.json gets the `quantization_config` by which transformers reads NF4 and FP4.
 
     Raises FileExistsError where target exists, ValueError as `nf4lab.load_quantized` does for bad files and, naming
@@ -76,16 +76,21 @@ def _quantize_file(file: TensorFile, target: Path, chosen: set[str], arguments: 
     metadata = file.metadata | METADATA
     with writing(target, header_room(_longest_keys(file, chosen), metadata), metadata) as out:
         for name in names:
-            tensor = file.read(name)
-            if name in chosen:
-                try:
-                    tensor = quantize(tensor, *arguments)
-                except ValueError as error:
-                    raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
-            for key, part in parts_of(name, tensor).items():
-                out.add(key, part)
+            _quantize_tensor(file, name, out, arguments if name in chosen else None)
             bar.update(file.entries[name].nbytes)
     return sum(entry.nbytes for entry in out.entries.values())
+
+
+def _quantize_tensor(file: TensorFile, name: str, out: TensorWriter, arguments: tuple | None) -> None:
+    """Write one tensor, quantized if there are arguments. Its locals are gone before the next one is read."""
+    tensor = file.read(name)
+    if arguments is not None:
+        try:
+            tensor = quantize(tensor, *arguments)
+        except ValueError as error:
+            raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
+    for key, part in parts_of(name, tensor).items():
+        out.add(key, part)
 
 
 def _longest_keys(file: TensorFile, chosen: set[str]) -> Iterator[tuple[str, int]]:
