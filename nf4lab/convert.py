@@ -43,8 +43,9 @@ def quantize_checkpoint(
     Floating-point matrices whose name matches a pattern of `include` and none of `exclude` are quantized, the rest is
     copied. Patterns are a shell's; * matches dots too. progress: show a bar.
 
-    At any time one tensor of the source is in memory, with its quantized parts: less than 2 bytes a weight beside it. target takes its name only when it
-    is complete. A config.json gets the `quantization_config` by which transformers reads NF4 and FP4.
+    At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights. target
+    takes its name only when it is complete. A config.json gets the `quantization_config` by which transformers reads
+    NF4 and FP4.
 
     Raises FileExistsError where target exists, ValueError as `nf4lab.load_quantized` does for bad files and, naming
     the tensor, for what `nf4lab.quantize` refuses.
