@@ -13,25 +13,38 @@ bitsandbytes has no word for the rest. It is stored under `name.quant_state.nf4l
 Source: bitsandbytes `QuantState.as_dict`.
 """
 
+import dataclasses
 import json
 import math
 
 import torch
 from torch import Tensor
 
+from nf4lab import formats
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor
 from nf4lab.blockwise import DTYPES as ORIGINAL_DTYPES
 from nf4lab.double_quant import MAPS, DoubleQuant, QuantizedConstants
-from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max
+from nf4lab.formats import FORMATS, Format
 from nf4lab.tensorfile import is_shape, without_duplicates
 
 BITSANDBYTES_STATES = {f".quant_state.bitsandbytes__{name}": name for name in ("nf4", "fp4")}
 NF4LAB_STATE = ".quant_state.nf4lab"
 STATES = (*BITSANDBYTES_STATES, NF4LAB_STATE)
 BITSANDBYTES_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-CONSTANTS_PARTS = ("", ".group_absmax", ".offset")  # of .scale and .location
-NF4LAB_PARTS = (".levels", *(f".{kind}{part}" for kind in ("scale", "location") for part in CONSTANTS_PARTS))
-NORMALIZATIONS = {function.__name__: function for function in (absmax, min_max, mean_std)}
+CONSTANTS_PARTS = ("", ".group_absmax", ".offset")  # of each of KINDS
+KINDS = (".scale", ".location")
+NF4LAB_PARTS = (".levels", ".tensor_scale", *(kind + part for kind in KINDS for part in CONSTANTS_PARTS))
+NORMALIZATIONS = {
+    name: getattr(formats, name)
+    for name in ("absmax", "signed_absmax", "power_of_two", "min_max", "mean_std")
+    if hasattr(formats, name)
+}
+# What else makes a format: plain values, with their defaults.
+FORMAT_FIELDS = {
+    field.name: field.default
+    for field in dataclasses.fields(Format)
+    if field.name not in ("name", "levels", "normalize", "constants_dtype")
+}
 DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in ORIGINAL_DTYPES}
 
 
@@ -76,8 +89,11 @@ def _nf4lab_parts(q: QuantizedTensor) -> tuple[str, dict, dict[str, Tensor]]:
     state["constants_dtype"] = str(q.format.constants_dtype).removeprefix("torch.")
     if FORMATS.get(q.format.name) is not q.format:
         state["normalize"] = _normalization_name(q.format)
+        state["fields"] = {name: getattr(q.format, name) for name in FORMAT_FIELDS}
     parts = {".levels": q.format.levels}
-    for key, constants in ((".scale", q.stored_scale), (".location", q.stored_location)):
+    if (tensor_scale := getattr(q, "tensor_scale", None)) is not None:
+        parts[".tensor_scale"] = tensor_scale
+    for key, constants in zip(KINDS, (q.stored_scale, q.stored_location), strict=True):
         if isinstance(constants, QuantizedConstants):
             scheme = constants.double_quant
             state["double_quant"] = {"map": scheme.map, "centred": scheme.centred, "group_size": scheme.group_size}
@@ -176,7 +192,7 @@ def _from_bitsandbytes(packed: Tensor, state: dict, parts: dict[str, Tensor], na
 
 
 def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> QuantizedTensor:
-    optional = {"normalize", "double_quant"} & set(state)
+    optional = {"double_quant"} & set(state) | ({"normalize", "fields"} if "normalize" in state else set())
     _check_keys(state, {"format", "block_size", "dtype", "shape", "constants_dtype"} | optional)
     format = _checked_format(state, parts.pop(".levels", None))
     dtype, shape, block_size = _checked_original(state, "block_size")
@@ -189,7 +205,12 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
             raise ValueError(f"centred must be true or false; got {state['double_quant']['centred']!r:.80}")
         scheme = DoubleQuant(**state["double_quant"])
     n_blocks = -(-math.prod(shape) // block_size)
-    kinds = (".scale", ".location") if format.normalize(torch.zeros(1, 16))[1] is not None else (".scale",)
+    kinds = KINDS if format.normalize(torch.zeros(1, 16))[1] is not None else KINDS[:1]
+    one_more = {"tensor_scale": parts.pop(".tensor_scale", None)} if getattr(format, "tensor_scale", False) else {}
+    for name, part in one_more.items():
+        if part is None:
+            raise ValueError(f"missing is .tensor_scale of format {format.name!r}")
+        one_more[name] = _checked_constants(part, torch.float32, 1, name).reshape(())
     per_kind = CONSTANTS_PARTS[: 2 + (scheme.centred and n_blocks > 0)] if scheme else ("",)
     _check_keys(parts, {kind + part for kind in kinds for part in per_kind})
     stored = {}
@@ -201,7 +222,8 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
             stored[kind] = _constants(parts[kind], group_absmax, offset, n_blocks, scheme)
         else:
             stored[kind] = _checked_constants(parts[kind], format.constants_dtype, n_blocks, kind[1:]).float()
-    return QuantizedTensor(packed, stored[".scale"], stored.get(".location"), format, shape, dtype, block_size)
+    scale, location = stored[".scale"], stored.get(".location")
+    return QuantizedTensor(packed, scale, location, format, shape, dtype, block_size, **one_more)
 
 
 def _checked_format(state: dict, levels: Tensor | None) -> Format:
@@ -218,7 +240,20 @@ def _checked_format(state: dict, levels: Tensor | None) -> Format:
         raise ValueError(f"unknown normalisation {state['normalize']!r}; known are {', '.join(NORMALIZATIONS)}")
     if levels.dtype != torch.float32 or levels.dim() != 1 or levels.numel() > 16:
         raise ValueError(f"levels must be at most 16 float32; got {tuple(levels.shape)} of {levels.dtype}")
-    return Format(name, levels, NORMALIZATIONS[state["normalize"]], dtype)
+    return Format(name, levels, NORMALIZATIONS[state["normalize"]], dtype, **_checked_fields(state["fields"]))
+
+
+def _checked_fields(values: object) -> dict:
+    """The other values that make a format, each of the type of its default; one that is missing has its default."""
+    if not isinstance(values, dict):
+        raise ValueError(f"fields must be a JSON object; got {values!r:.80}")
+    _check_keys(values, set(FORMAT_FIELDS) & set(values))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in values.items():
+        types = (int, float) if isinstance(FORMAT_FIELDS[name], float) else (type(FORMAT_FIELDS[name]),)
+        if type(value) not in types:
+            raise ValueError(f"{name} of a format must be a {types[-1].__name__}; got {value!r:.80}")
+    return values
 
 
 def _checked_original(state: dict, key: str) -> tuple[torch.dtype, torch.Size, int]:

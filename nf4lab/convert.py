@@ -29,7 +29,7 @@ def quantize_checkpoint(
     source: str | os.PathLike,
     target: str | os.PathLike,
     format: str | Format = "nf4",
-    block_size: int = 64,
+    block_size: int | None = None,
     double_quant: bool | str | DoubleQuant = False,
     *,
     include: Sequence[str] = INCLUDE,
@@ -41,7 +41,8 @@ def quantize_checkpoint(
     source: a safetensors file, which makes target a file; or a folder or the index in it, which makes target a folder
     with the same shards, an index, and copies of the files that are no weights.
     Floating-point matrices whose name matches a pattern of `include` and none of `exclude` are quantized, the rest is
-    copied. Patterns are a shell's; * matches dots too. progress: show a bar.
+    copied. Patterns are a shell's; * matches dots too. block_size: by default the format's own, 64 for NF4.
+    progress: show a bar.
 
     At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights. target
     takes its name only when it is complete. A config.json gets the `quantization_config` by which transformers reads
@@ -53,7 +54,8 @@ def quantize_checkpoint(
     source, target, format = Path(source), Path(target), as_format(format)
     if target.exists():
         raise FileExistsError(f"{target} exists already; nothing was written")
-    arguments = (format, block_size, as_double_quant(double_quant) or False)
+    arguments = {"format": format, "double_quant": as_double_quant(double_quant) or False}
+    arguments |= {} if block_size is None else {"block_size": block_size}
     with opened(source) as files, _progress_bar(files, progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         chosen = {name for name, entry in entries.items() if _is_chosen(name, entry, include, exclude)}
@@ -70,7 +72,7 @@ def _is_chosen(name: str, entry: Entry, include: Sequence[str], exclude: Sequenc
     return len(entry.shape) == 2 and entry.dtype in DTYPES and matches == [True, False]
 
 
-def _quantize_file(file: TensorFile, target: Path, chosen: set[str], arguments: tuple, bar) -> int:
+def _quantize_file(file: TensorFile, target: Path, chosen: set[str], arguments: dict, bar) -> int:
     """Write one file's tensors to target, those chosen quantized; returns the bytes of their data."""
     # Quantized tensors take whole multiples of 8 bytes; the others follow by falling itemsize. So all are aligned.
     names = sorted(file.entries, key=lambda name: -16 if name in chosen else -file.entries[name].dtype.itemsize)
@@ -82,12 +84,12 @@ def _quantize_file(file: TensorFile, target: Path, chosen: set[str], arguments: 
     return sum(entry.nbytes for entry in out.entries.values())
 
 
-def _quantize_tensor(file: TensorFile, name: str, out: TensorWriter, arguments: tuple | None) -> None:
+def _quantize_tensor(file: TensorFile, name: str, out: TensorWriter, arguments: dict | None) -> None:
     """Write one tensor, quantized if there are arguments. Its locals are gone before the next one is read."""
     tensor = file.read(name)
     if arguments is not None:
         try:
-            tensor = quantize(tensor, *arguments)
+            tensor = quantize(tensor, **arguments)
         except ValueError as error:
             raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
     for key, part in parts_of(name, tensor).items():
@@ -104,7 +106,7 @@ def _longest_keys(file: TensorFile, chosen: set[str]) -> Iterator[tuple[str, int
 
 
 def _quantize_folder(
-    source: Path, files: list[TensorFile], target: Path, chosen: set[str], arguments: tuple, bar
+    source: Path, files: list[TensorFile], target: Path, chosen: set[str], arguments: dict, bar
 ) -> int:
     """Write every shard, the index and the other files into a folder that gets its name when all are there."""
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -113,7 +115,7 @@ def _quantize_folder(
         after = sum(_quantize_file(file, partial / file.path.name, chosen, arguments, bar) for file in files)
         if source.suffix == ".json":
             write_index(partial / source.name, [partial / file.path.name for file in files])
-        _copy_other_files(source.parent, partial, *arguments)
+        _copy_other_files(source.parent, partial, format=arguments["format"], double_quant=arguments["double_quant"])
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,9 +123,7 @@ def _quantize_folder(
     return after
 
 
-def _copy_other_files(
-    source: Path, target: Path, format: Format, block_size: int, double_quant: bool | DoubleQuant
-) -> None:
+def _copy_other_files(source: Path, target: Path, format: Format, double_quant: bool | DoubleQuant) -> None:
     """Copy what is no weight: configurations, tokenizers, licences. config.json learns of the quantization."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NOT_COPIED):

@@ -212,7 +212,9 @@ BAD_STATES = {
         r"unknown map 'x' for double"),
     "uniform: centred 1": (with_state(I, lambda s: s["double_quant"].update(centred="no")),
         r"centred must be true or false"),
-    "uniform: normalises as os": (state(I, normalize="system"), r"unknown normalisation 'system'"),
+    "uniform: unknown field": (state(I, normalize="min_max", fields={"x": 1}), r"unknown are \['x'\]"),
+    "uniform: fields a list": (state(I, normalize="min_max", fields=[1]), r"fields must be a JSON object; got \[1\]"),
+    "uniform: normalises as os": (state(I, normalize="system", fields={}), r"unknown normalisation 'system'"),
 }  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("double_quant", [False, True, "linear8", "linear4"])
 @pytest.mark.parametrize("format", nf4lab.FORMATS)
 def test_every_format_comes_back_from_a_file(tmp_path, format, double_quant):
+    if double_quant and nf4lab.FORMATS[format].constants_dtype.itemsize == 1:
+        pytest.skip("constants of one byte are not quantized any further")
     original = nf4lab.quantize(weight(33, 77), format, double_quant=double_quant)
     nf4lab.save_quantized(tmp_path / "a.safetensors", {"w": original})
     back = nf4lab.load_quantized(tmp_path / "a.safetensors")

@@ -14,16 +14,16 @@ def add_to(subparsers) -> None:
         help="quantize a checkpoint",
         description="Quantize the matrices of a safetensors checkpoint, one at a time, and copy the rest. "
         "NF4 and FP4 get the keys that bitsandbytes writes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="a safetensors file; or an index of shards or its folder")
     parser.add_argument("target", metavar="OUT", help="the file to write; for shards the folder. It must not exist")
-    parser.add_argument("--format", default="nf4", choices=FORMATS, help="the 4-bit format")
-    parser.add_argument("--block-size", type=int, default=64, choices=BLOCK_SIZES, help="weights a block")
-    parser.add_argument("--double-quant", action="store_true", help="quantize the constants too")
-    parser.add_argument("--include", nargs="*", default=INCLUDE, metavar="PATTERN", help="names to quantize")
-    parser.add_argument("--exclude", nargs="*", default=EXCLUDE, metavar="PATTERN", help="names to leave as they are")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    option = parser.add_argument
+    option("--format", default="nf4", choices=FORMATS, metavar="NAME", help=f"by default nf4; {', '.join(FORMATS)}")
+    option("--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights a block; else the format's own")
+    option("--double-quant", action="store_true", help="quantize the constants too")
+    option("--include", nargs="*", default=INCLUDE, metavar="PATTERN", help=f"quantize these; {' '.join(INCLUDE)}")
+    option("--exclude", nargs="*", default=EXCLUDE, metavar="PATTERN", help=f"but not these; {' '.join(EXCLUDE)}")
+    option("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
