@@ -1,12 +1,12 @@
-"""The command line: `python -m nf4lab quantize IN OUT`, `python -m nf4lab inspect FILE`."""
+"""The command line: `python -m nf4lab quantize IN OUT`, `… inspect FILE`, `… compare FILE`."""
 
 import argparse
 import sys
 
 from nf4lab import __version__
-from nf4lab.commands import inspect, quantize
+from nf4lab.commands import compare, inspect, quantize
 
-COMMANDS = (quantize, inspect)
+COMMANDS = (quantize, inspect, compare)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ made for a block size (AF4, BOF4, BOF4-S) are derived for the one that they play
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nf4lab import codebooks
 from nf4lab.blockwise import QuantizedTensor, quantize
-from nf4lab.formats import FORMATS, Format, power_of_two
+from nf4lab.formats import FORMATS, Format
 from nf4lab.metrics import mae, mse
 
 BUDGETS = (4.0, 4.127, 4.25, 4.5, 5.0)  # bits a weight; 4.0 stands for the largest blocks, 4.002 to 4.016 bits
@@ -33,11 +34,8 @@ STORAGE = {
 }  # fmt: skip
 STORAGE[SEARCHED] = STORAGE[SHORT]
 ALL = ("int4", "uniform", "fp4", "e2m1", "nf4", "sf4", "af4", "bof4", "bof4-s", "q4_0", "iq4_nl")
-SOME = ("e2m1", "nf4", "bof4-s", "iq4_nl")
-PLAYERS = {FLOAT32: ALL, FLOAT16: ("q4_0", "iq4_nl"), POWER: ("e2m1",), SHORT: SOME, SEARCHED: SOME}
-STANDARDS = {("e2m1", POWER): "MXFP4 at 4.25 bits", ("e2m1", SHORT): "NVFP4 at 4.5 bits",
-             ("q4_0", FLOAT16): "Q4_0 at 4.5 bits", ("iq4_nl", FLOAT16): "IQ4_NL's levels, at 4.5 bits its file format",
-             ("nf4", FLOAT32): "bitsandbytes', QLoRA's at 4.127 bits"}  # fmt: skip
+SOME = ("nvfp4", "nf4", "bof4-s", "iq4_nl")
+PLAYERS = {FLOAT32: ALL, FLOAT16: ("q4_0", "iq4_nl"), POWER: ("mxfp4",), SHORT: SOME, SEARCHED: SOME}
 LEAST_WEIGHTS = 4096  # a tensor with fewer does not fill one of the largest blocks
 
 
@@ -83,12 +81,12 @@ def entry(name: str, storage: str, budget: float) -> Entry:
     """The entry of a format at a budget, its constants stored in one of STORAGE's ways.
 
     Two constants a block cost the same bits in blocks twice as long. Raises ValueError for a name, a storage or a
-    budget that does not exist, or that has no block size here.
+    budget that does not exist, and where they do not go together: MXFP4 and NVFP4 have constants of their own.
 
     >>> entry("nf4", "short", 4.5).block_size
     16
     """
-    if name not in FORMATS or storage not in STORAGE or budget not in STORAGE[storage]:
+    if not _can_play(name, storage, budget):
         raise ValueError(f"no entry of format {name!r} with constants {storage!r} at {budget} bits")
     dtype, block_size, double_quant = STORAGE[storage][budget]
     row = FORMATS[name]
@@ -97,10 +95,16 @@ def entry(name: str, storage: str, budget: float) -> Entry:
     changes = {"constants_dtype": dtype, "tensor_scale": dtype == torch.float8_e4m3fn}
     if derive := {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}.get(name):
         changes["levels"] = derive(block_size)
-    if storage == POWER:
-        changes |= {"normalize": power_of_two, "extreme": 4}  # the largest power of two among E2M1's values
     format = replace(row, exact_codes=row.exact_codes and storage == FLOAT16, **changes)
     return Entry(name, storage, budget, format.searched() if storage == SEARCHED else format, block_size, double_quant)
+
+
+def _can_play(name: str, storage: str, budget: float) -> bool:
+    """Whether all three exist, and the constants have the dtype that the format prescribes, if it is one byte."""
+    if name not in FORMATS or budget not in STORAGE.get(storage, {}):
+        return False
+    dtype = FORMATS[name].constants_dtype
+    return dtype.itemsize > 1 or dtype == STORAGE[storage][budget][0]
 
 
 def entries(budgets: Iterable[float] = BUDGETS) -> list[Entry]:
@@ -110,7 +114,7 @@ def entries(budgets: Iterable[float] = BUDGETS) -> list[Entry]:
         for storage, names in PLAYERS.items()
         for name in names
         for budget in budgets
-        if budget in STORAGE[storage]
+        if _can_play(name, storage, budget)
     ]
 
 
@@ -141,17 +145,29 @@ def play(
 def standings(scores: list[Score]) -> dict[tuple[str, str], dict[float, tuple[float, int]]]:
     """(format, storage) -> budget -> (mean SQNR in decibels, every tensor counting once; tensors won by MSE).
 
-    The mean of decibels is that of the logarithms of relative errors. Of equal errors the first listed wins.
+    The mean of decibels is that of the logarithms of relative errors. Of equal errors the first listed wins. Rows are
+    in order of how far they are behind the best of each budget, on the average over theirs: the nearest first.
     """
-    by_entry, best = {}, {}
+    played, winner = {}, {}
     for score in scores:
-        by_entry.setdefault(score.entry, []).append(score)
+        played.setdefault(score.entry, []).append(score)
         key = score.entry.budget, score.tensor
-        if key not in best or score.mse < best[key].mse:
-            best[key] = score
+        if key not in winner or score.mse < winner[key].mse:
+            winner[key] = score
+    wins = Counter(score.entry for score in winner.values())
     table = {}
-    for one, played in by_entry.items():
-        mean = sum(score.sqnr_db for score in played) / len(played)
-        wins = sum(winner.entry is one for winner in best.values())
-        table.setdefault((one.name, one.storage), {})[one.budget] = mean, wins
-    return table
+    for one, of_one in played.items():
+        mean = sum(score.sqnr_db for score in of_one) / len(of_one)
+        table.setdefault((one.name, one.storage), {})[one.budget] = mean, wins[one]
+    best = best_at(table)
+    behind = {key: sum(best[b] - mean for b, (mean, _) in row.items()) / len(row) for key, row in table.items()}
+    return dict(sorted(table.items(), key=lambda pair: behind[pair[0]]))
+
+
+def best_at(table: dict[tuple[str, str], dict[float, tuple[float, int]]]) -> dict[float, float]:
+    """The highest mean SQNR of each budget in `standings`."""
+    best = {}
+    for row in table.values():
+        for budget, (mean, _) in row.items():
+            best[budget] = max(mean, best.get(budget, -math.inf))
+    return dict(sorted(best.items()))
