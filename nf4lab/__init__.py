@@ -1,6 +1,8 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor, dequantize, quantize
+from nf4lab.checkpoint import iterate_quantized, load_quantized, save_quantized
+from nf4lab.convert import quantize_checkpoint
 from nf4lab.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.formats import FORMATS, Format
 from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, shannon_limit, sqnr_db
@@ -8,5 +10,6 @@ from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse
 __version__ = "0.1.0"
 __all__ = [
     "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "QuantizedConstants", "QuantizedTensor", "code_usage",
-    "compression_ratio", "dequantize", "entropy_bits", "mae", "mse", "quantize", "shannon_limit", "sqnr_db",
+    "compression_ratio", "dequantize", "entropy_bits", "iterate_quantized", "load_quantized", "mae", "mse", "quantize",
+    "quantize_checkpoint", "save_quantized", "shannon_limit", "sqnr_db",
 ]  # fmt: skip

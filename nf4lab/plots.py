@@ -48,3 +48,17 @@ def level_ticks(ax: Axes, levels: Tensor, height: float, name: str, **look) -> N
     ax.plot(levels, [height] * len(levels), linestyle="none", **look)
     ax.annotate(name, (0, height), xycoords=("axes fraction", "data"), xytext=(-6, 0), textcoords="offset points",
                 ha="right", va="center")  # fmt: skip
+
+
+def standings(ax: Axes, table: dict[str, dict[float, float]]) -> None:
+    """Draw a league: name -> bits -> decibels, a row for each name from the bottom up, a marker for each budget."""
+    budgets = sorted({bits for row in table.values() for bits in row})
+    ax.hlines(range(len(table)), *zip(*((min(row.values()), max(row.values())) for row in table.values()), strict=True),
+              color="#bbbbbb", linewidth=0.8, zorder=0)  # fmt: skip
+    for bits, color, marker in zip(budgets, (VERMILION, PURPLE, BLUE, GREEN, BLACK), "v<o^s", strict=False):
+        at = [(row[bits], height) for height, row in enumerate(table.values()) if bits in row]
+        ax.plot(*zip(*at, strict=True), linestyle="none", marker=marker, color=color, label=f"{bits:g} bits")
+    ax.set(yticks=range(len(table)), yticklabels=list(table), xlabel="signal-to-quantization-noise ratio (dB)",
+           ylim=(-0.6, len(table) - 0.4))  # fmt: skip
+    ax.tick_params(axis="y", length=0)
+    ax.legend(ncols=len(budgets), loc="lower center", bbox_to_anchor=(0.5, 1), handletextpad=0, columnspacing=0.8)

@@ -1,0 +1,152 @@
+"""Checkpoints: quantized tensors in safetensors files that bitsandbytes reads too, in one file or in shards.
+
+Files are read one tensor at a time. What stands where in them is `checkpoint_keys`; what makes a quantized checkpoint
+of another one, without holding either in memory, is `convert`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoint_keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
+from nf4lab.tensorfile import TensorFile, appearing_whole, header_room, without_duplicates, writing
+
+INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # transformers opens no file without it
+
+
+def save_quantized(path: str | os.PathLike, tensors: dict[str, QuantizedTensor | Tensor]) -> None:
+    """Write tensors by name to one safetensors file, quantized ones with bitsandbytes' keys where it has any.
+
+    The file takes its name only when it is complete; one that had the name before is replaced.
+
+    Raises TypeError for anything that is not a tensor; ValueError for two tensors with one name, for a dtype that
+    safetensors lacks, and for a Format of one's own with a normalisation of one's own, which no file can hold.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedTensor | Tensor):
+            raise TypeError(f"{name!r} must be a QuantizedTensor or a torch.Tensor; got {type(tensor).__name__}")
+    parts = [part for name, tensor in in_order(tensors.items()) for part in parts_of(name, tensor).items()]
+    room = header_room(((name, part.dim()) for name, part in parts), METADATA)
+    with writing(path, room, METADATA) as file:
+        for name, part in parts:
+            file.add(name, part)
+
+
+def load_quantized(path: str | os.PathLike) -> dict[str, QuantizedTensor | Tensor]:
+    """The tensors of a checkpoint by name, on the CPU: QuantizedTensor where one was stored, else Tensor.
+
+    path: a safetensors file, an index of shards (`….safetensors.index.json`), or a folder that holds either. Files
+    of bitsandbytes are read as well as nf4lab's own, whatever dtype their packed bytes are stored as.
+
+    Raises FileNotFoundError where there is none, ValueError, with the names and numbers that disagree, for a file
+    that is truncated or contradicts itself. Nothing is repaired.
+    """
+    return dict(iterate_quantized(path))
+
+
+def iterate_quantized(path: str | os.PathLike) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+    """The pairs of `load_quantized`, one at a time: no more than one tensor need be in memory."""
+    with opened(path) as files:
+        place = {key: file for file in files for key in file.entries}
+        for name, keys in stored_tensors(list(place)).items():  # its parts may lie in several shards
+            yield name, from_parts(name, {key: place[key].read(key) for key in keys}, place[name].path.name)
+
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[list[TensorFile]]:
+    """The files of a checkpoint, open for reading: one, or the shards of an index, each checked against the index."""
+    path = checkpoint_path(path)
+    weight_map = None if path.suffix != ".json" else read_index(path)
+    names = [path.name] if weight_map is None else dict.fromkeys(weight_map.values())
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path.parent / name)) for name in names]
+        if weight_map is not None:
+            _check_index(weight_map, files, path.name)
+        yield files
+
+
+def checkpoint_path(path: str | os.PathLike) -> Path:
+    """The file or the index that a path names: itself, or what its folder holds."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in (INDEX, "model.safetensors"):
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path} holds neither {INDEX} nor model.safetensors")
+
+
+def _check_index(weight_map: dict[str, str], files: list[TensorFile], index: str) -> None:
+    """Raise unless each shard holds exactly the tensors that the index places there."""
+    for file in files:
+        shard = file.path.name
+        listed = {name for name, place in weight_map.items() if place == shard}
+        if listed != set(file.entries):
+            name = min(listed ^ set(file.entries))
+            one, other = (index, "it does not") if name in listed else (shard, f"{index} does not place it there")
+            raise ValueError(f"{one} says that tensor {name!r} is in {shard}; {other}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The map from tensors to shards of an index file. Raises ValueError where it is none or leaves its folder."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path.name} must map tensors to shards under 'weight_map'; got {weight_map!r:.80}")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard != Path(shard).name:
+            raise ValueError(f"{path.name}: a shard is a safetensors file in the same folder; got {shard!r:.80}")
+    return weight_map
+
+
+def write_index(path: Path, shards: Iterable[Path]) -> None:
+    """Write the index of shards that are complete: which tensor lies where, and the bytes of all."""
+    weight_map, total = {}, 0
+    for shard in shards:
+        with TensorFile(shard) as file:
+            weight_map |= dict.fromkeys(file.entries, shard.name)
+            total += sum(entry.nbytes for entry in file.entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    with appearing_whole(path) as file:
+        file.write((json.dumps(index, indent=2) + "\n").encode())
+
+
+def in_order(tensors: Iterable[tuple[str, QuantizedTensor | Tensor]]) -> list:
+    """Quantized tensors first, then by falling itemsize: so every tensor starts at a multiple of its itemsize."""
+    return sorted(tensors, key=lambda pair: -16 if isinstance(pair[1], QuantizedTensor) else -pair[1].dtype.itemsize)
+
+
+def stored_tensors(keys: list[str]) -> dict[str, list[str]]:
+    """The names of the tensors that the keys of a checkpoint belong to, each with the keys of its parts.
+
+    Raises ValueError for parts of a quantized tensor that lack the rest.
+    """
+    states = {key: key.removesuffix(end) for key in keys for end in STATES if key.endswith(end)}
+    names, known = list(states.values()), set(keys)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is a quant_state for {name!r}, and no tensor of that name")
+        if names.count(name) > 1:
+            raise ValueError(f"tensor {name!r} has {names.count(name)} quant_states")
+    owner = states | {name + end: name for name in names for end in (*BITSANDBYTES_PARTS, *NF4LAB_PARTS)}
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        _check_no_orphan(key, known, owner)
+        parts.setdefault(owner.get(key, key), []).append(key)
+    return parts
+
+
+def _check_no_orphan(key: str, known: set[str], owner: dict[str, str]) -> None:
+    """Raise for constants of packed bytes without a quant_state: the bytes would pass for an ordinary tensor."""
+    base = next((key.removesuffix(end) for end in BITSANDBYTES_PARTS if key.endswith(end)), None)
+    if base in known and key not in owner:
+        raise ValueError(f"there is {key!r}, and no quant_state for {base!r}")

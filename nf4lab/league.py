@@ -1,0 +1,173 @@
+"""The league: every 4-bit format at equal bits, on the same tensors.
+
+What a format may spend is counted in bits a weight, constants included. A format enters a budget once for each way to
+store its constants, which sets the block size: one float32 for 64 weights costs what one byte for 16 does. Formats
+made for a block size (AF4, BOF4, BOF4-S) are derived for the one that they play at.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nf4lab import codebooks
+from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.formats import FORMATS, Format
+from nf4lab.metrics import mae, mse
+
+BUDGETS = (4.0, 4.127, 4.25, 4.5, 5.0)  # bits a weight; 4.0 stands for the largest blocks, 4.002 to 4.016 bits
+FLOAT32, FLOAT16, SHORT, SEARCHED, POWER = "float32", "float16", "short", "short, searched", "power of two"
+# budget -> (dtype of a constant, weights that it serves, whether constants are quantized again)
+STORAGE = {
+    FLOAT32: {
+        4.0: (torch.float32, 4096, False), 4.127: (torch.float32, 64, True), 4.25: (torch.float32, 128, False),
+        4.5: (torch.float32, 64, False), 5.0: (torch.float32, 32, False),
+    },
+    FLOAT16: dict(zip(BUDGETS, ((torch.float16, size, False) for size in (4096, 128, 64, 32, 16)), strict=True)),
+    # One byte and one float32 a tensor, as in NVFP4. At 5 bits there is no block small enough, and 16 bits take over.
+    SHORT: dict(zip(BUDGETS, ((torch.float8_e4m3fn, size, False) for size in (4096, 64, 32, 16)), strict=False))
+    | {5.0: (torch.bfloat16, 16, False)},
+    POWER: dict(zip(BUDGETS, ((torch.float8_e8m0fnu, size, False) for size in (4096, 64, 32, 16)), strict=False)),
+}  # fmt: skip
+STORAGE[SEARCHED] = STORAGE[SHORT]
+ALL = ("int4", "uniform", "fp4", "e2m1", "nf4", "sf4", "af4", "bof4", "bof4-s", "q4_0", "iq4_nl")
+SOME = ("nvfp4", "nf4", "bof4-s", "iq4_nl")
+PLAYERS = {FLOAT32: ALL, FLOAT16: ("q4_0", "iq4_nl"), POWER: ("mxfp4",), SHORT: SOME, SEARCHED: SOME}
+LEAST_WEIGHTS = 4096  # a tensor with fewer does not fill one of the largest blocks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A format as it plays at one budget.
+
+    name: its codebook's, from nf4lab.FORMATS. storage: one of STORAGE's. budget: bits a weight, from BUDGETS.
+    format, block_size, double_quant: what `nf4lab.quantize` is given.
+    """
+
+    name: str
+    storage: str
+    budget: float
+    format: Format
+    block_size: int
+    double_quant: bool
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The tensor in this format."""
+        return quantize(x, self.format, self.block_size, self.double_quant)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one entry did on one tensor. power: the mean square of the tensor, to which mse is relative."""
+
+    tensor: str
+    entry: Entry
+    numel: int
+    bits: float
+    mse: float
+    mae: float
+    power: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """The signal-to-quantization-noise ratio: 10 log10(power / mse)."""
+        return 10 * math.log10(self.power / self.mse) if self.mse else math.inf
+
+
+def entry(name: str, storage: str, budget: float) -> Entry:
+    """The entry of a format at a budget, its constants stored in one of STORAGE's ways.
+
+    Two constants a block cost the same bits in blocks twice as long. Raises ValueError for a name, a storage or a
+    budget that does not exist, and where they do not go together: MXFP4 and NVFP4 have constants of their own.
+
+    >>> entry("nf4", "short", 4.5).block_size
+    16
+    """
+    if not _can_play(name, storage, budget):
+        raise ValueError(f"no entry of format {name!r} with constants {storage!r} at {budget} bits")
+    dtype, block_size, double_quant = STORAGE[storage][budget]
+    row = FORMATS[name]
+    if row.normalize(torch.ones(1, 2))[1] is not None:
+        block_size = min(2 * block_size, 4096)
+    changes = {"constants_dtype": dtype, "tensor_scale": dtype == torch.float8_e4m3fn}
+    if derive := {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}.get(name):
+        changes["levels"] = derive(block_size)
+    format = replace(row, exact_codes=row.exact_codes and storage == FLOAT16, **changes)
+    return Entry(name, storage, budget, format.searched() if storage == SEARCHED else format, block_size, double_quant)
+
+
+def _can_play(name: str, storage: str, budget: float) -> bool:
+    """Whether all three exist, and the constants have the dtype that the format prescribes, if it is one byte."""
+    if name not in FORMATS or budget not in STORAGE.get(storage, {}):
+        return False
+    dtype = FORMATS[name].constants_dtype
+    return dtype.itemsize > 1 or dtype == STORAGE[storage][budget][0]
+
+
+def entries(budgets: Iterable[float] = BUDGETS) -> list[Entry]:
+    """Everybody who plays at these budgets, in the order of PLAYERS."""
+    return [
+        entry(name, storage, budget)
+        for storage, names in PLAYERS.items()
+        for name in names
+        for budget in budgets
+        if _can_play(name, storage, budget)
+    ]
+
+
+def play(
+    tensors: Iterable[tuple[str, Tensor]], lineup: list[Entry], progress: Callable[[int], object] = lambda weights: None
+) -> list[Score]:
+    """The scores of every entry on every tensor.
+
+    progress: called after each quantization with the number of weights. Raises ValueError, naming the tensor, for one
+    that is all zeros or that `nf4lab.quantize` refuses.
+    """
+    scores = []
+    for name, x in tensors:
+        power = mse(x, torch.zeros_like(x))
+        if not power:
+            raise ValueError(f"tensor {name!r} is all zeros: its errors cannot be set in relation to it")
+        for one in lineup:
+            try:
+                q = one.quantize(x)
+            except ValueError as error:
+                raise ValueError(f"tensor {name!r}: {error}") from error
+            x_hat = q.dequantize(torch.float32)
+            scores.append(Score(name, one, x.numel(), q.bits_per_weight, mse(x, x_hat), mae(x, x_hat), power))
+            progress(x.numel())
+    return scores
+
+
+def standings(scores: list[Score]) -> dict[tuple[str, str], dict[float, tuple[float, int]]]:
+    """(format, storage) -> budget -> (mean SQNR in decibels, every tensor counting once; tensors won by MSE).
+
+    The mean of decibels is that of the logarithms of relative errors. Of equal errors the first listed wins. Rows are
+    in order of how far they are behind the best of each budget, on the average over theirs: the nearest first.
+    """
+    played, winner = {}, {}
+    for score in scores:
+        played.setdefault(score.entry, []).append(score)
+        key = score.entry.budget, score.tensor
+        if key not in winner or score.mse < winner[key].mse:
+            winner[key] = score
+    wins = Counter(score.entry for score in winner.values())
+    table = {}
+    for one, of_one in played.items():
+        mean = sum(score.sqnr_db for score in of_one) / len(of_one)
+        table.setdefault((one.name, one.storage), {})[one.budget] = mean, wins[one]
+    best = best_at(table)
+    behind = {key: sum(best[b] - mean for b, (mean, _) in row.items()) / len(row) for key, row in table.items()}
+    return dict(sorted(table.items(), key=lambda pair: behind[pair[0]]))
+
+
+def best_at(table: dict[tuple[str, str], dict[float, tuple[float, int]]]) -> dict[float, float]:
+    """The highest mean SQNR of each budget in `standings`."""
+    best = {}
+    for row in table.values():
+        for budget, (mean, _) in row.items():
+            best[budget] = max(mean, best.get(budget, -math.inf))
+    return dict(sorted(best.items()))
