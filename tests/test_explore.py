@@ -1,0 +1,353 @@
+"""The explorables, each as a page of its own in a browser without network: their numbers are the package's."""
+
+import math
+import re
+import shutil
+
+import pytest
+import scipy.stats
+import torch
+
+import nf4lab
+from nf4lab import codebooks, explore
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: install Debian's package `chromium`")
+NAMES = [name for name in explore.__all__ if name.islower()]
+ROOT = "document.querySelector('[data-explorable]').shadowRoot"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def explorables():
+    """Each explorable, made once."""
+    return {name: getattr(explore, name)() for name in NAMES}
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A function that opens HTML in a page, and fails the test after it if a script failed or the network was asked."""
+    pages, notes = [], []
+
+    def open_html(html, width=820, theme="light", touch=False):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=theme, has_touch=touch, reduced_motion="reduce"
+        )
+        page = context.new_page()
+        pages.append(page)
+        page.on("console", lambda message: notes.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: notes.append(f"script: {error}"))
+        page.on("request", lambda request: notes.append(request.url) if not request.url.startswith("file:") else None)
+        path = tmp_path / f"{len(pages)}.html"
+        path.write_text(html, encoding="utf-8")
+        page.goto(path.as_uri())
+        return page
+
+    yield open_html
+    for page in pages:
+        page.context.close()
+    assert not notes
+
+
+def value(page, key):
+    """The exact number behind a readout."""
+    return float(page.locator(f"[data-out={key}]").get_attribute("data-value"))
+
+
+def move(page, label, to):
+    """Move the range input of that label to a position, by its keys."""
+    field = page.get_by_role("slider", name=label)
+    field.press("Home")
+    for _ in range(to - int(field.get_attribute("min"))):
+        field.press("ArrowRight")
+
+
+# All of them
+
+
+@pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (820, "dark"), (1440, "light")])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_explorable_meets_wcag_and_fits_the_window(opened, explorables, name, width, theme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = opened(explorables[name].page, width, theme)
+    page.locator("section.card").wait_for()
+    results = axe.run(page)
+    assert results.violations_count == 0, results.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_explorable_weighs_little_and_brings_all_it_needs(explorables, name):
+    html = explorables[name].html
+    assert len(html.encode()) < 80_000  # a chapter's first load may be 1.5 MB
+    assert html.count("<script") == html.count("</script>") == 1
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|\bimport\b\s*[({\"]|fetch\(", html)
+    assert explorables[name].summary.split("'")[0] in html  # what a reader without JavaScript gets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_control_of_an_explorable_has_a_name_and_says_its_value(opened, explorables, name):
+    page = opened(explorables[name].page)
+    sliders = page.get_by_role("slider").all()
+    assert all(slider.get_attribute("aria-label") for slider in sliders)
+    assert all(slider.get_attribute("aria-valuetext").strip() for slider in sliders)
+    assert page.get_by_role("status").count() == 1
+
+
+def test_a_result_is_announced_once_the_reader_rests(opened, explorables):
+    page = opened(explorables["block"].page)
+    assert page.get_by_role("status").inner_text() == ""
+    page.get_by_role("button", name="Make weight").click()
+    page.wait_for_function(f"{ROOT}.querySelector('[role=status]').textContent")
+    assert re.match(r"absmax 12\.0\. \d+ of 16 weights are stored as zero", page.get_by_role("status").inner_text())
+
+
+def test_two_explorables_and_one_twice_share_a_page(opened, explorables):
+    block, bits = explorables["block"].html, explorables["bits"].html
+    page = opened(f"<!doctype html><html lang='en'><title>many</title><body>{bits}{block}{block}</body></html>")
+    assert page.locator("section.card").count() == 3
+    page.get_by_role("button", name="Make weight").last.click()
+    texts = page.locator("[data-out=absmax]").evaluate_all("nodes => nodes.map(node => +node.dataset.value)")
+    assert texts[1] == 12 and texts[0] != 12
+
+
+THEMES = {
+    "the book": ("document.documentElement.dataset.theme = '{}'", "dark", "light"),
+    "Colab": ("document.documentElement.setAttribute('theme', '{}')", "dark", "light"),
+    "JupyterLab": ("document.body.dataset.jpThemeLight = '{}'", "false", "true"),
+    "VS Code": ("document.body.className = 'vscode-body {}'", "vscode-dark", "vscode-light"),
+}
+
+
+@pytest.mark.parametrize("where", THEMES)
+def test_an_explorable_follows_the_theme_of_the_page(opened, explorables, where):
+    page = opened(explorables["bits"].page, theme="light")
+    script, dark, light = THEMES[where]
+    for name, expected in ((dark, True), (light, False)):
+        page.evaluate(script.format(name))
+        page.wait_for_function(f"dark => Boolean({ROOT}.querySelector('.card.dark')) === dark", arg=expected)
+
+
+def test_arrow_keys_stay_with_the_control_that_has_the_focus(opened, explorables):
+    page = opened(explorables["block"].page)
+    page.evaluate("document.addEventListener('keydown', event => { document.title += event.key; })")
+    page.get_by_role("slider", name="weight 3", exact=True).press("ArrowRight")
+    assert "Arrow" not in page.title()
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    assert page.title().endswith("ArrowRight")
+
+
+def test_making_an_explorable_leaves_the_seed_of_a_chapter_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for name in NAMES:
+        getattr(explore, name)()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# One block
+
+
+def handles(page):
+    return [page.get_by_role("slider", name=f"weight {i}", exact=True) for i in range(16)]
+
+
+def assert_the_block_is_what_the_package_makes_of_its_weights(page):
+    w = torch.tensor([float(handle.get_attribute("aria-valuenow")) for handle in handles(page)])
+    q = nf4lab.quantize(w, "nf4", block_size=16)
+    codes = [int(cell) for cell in page.locator("[data-code]").all_inner_texts()]
+    assert codes == q.codes.tolist()
+    assert page.locator("[data-byte]").all_inner_texts() == [f"{byte:02x}" for byte in q.packed.tolist()]
+    assert value(page, "absmax") == q.absmax.item()
+    assert value(page, "zeros") == (q.dequantize() == 0).sum()
+    # Sixteen squares of float32 numbers, summed in float64 by both.
+    assert math.isclose(value(page, "mse"), nf4lab.mse(w, q.dequantize()), rel_tol=1e-12)
+    assert value(page, "bits") == q.nbytes
+
+
+def test_a_block_moved_by_its_keys_has_the_codes_bytes_and_error_of_the_package(opened, explorables):
+    page = opened(explorables["block"].page)
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+    for i, keys in (
+        (0, "ArrowUp " * 3),
+        (5, "PageDown " * 6),
+        (5, "ArrowDown"),
+        (10, "Home"),
+        (10, "End"),
+        (15, "PageUp"),
+    ):
+        for key in keys.split():
+            handles(page)[i].press(key)
+        assert_the_block_is_what_the_package_makes_of_its_weights(page)
+    assert handles(page)[10].get_attribute("aria-valuenow") == "30"
+
+
+def test_a_key_goes_out_of_the_linear_part_of_the_axis_and_comes_back(opened, explorables):
+    page = opened(explorables["block"].page)
+    handle, seen = handles(page)[1], []
+    for key in ["PageUp"] * 5 + ["ArrowUp"] * 2 + ["ArrowDown"] * 3:
+        handle.press(key)
+        seen.append(float(handle.get_attribute("aria-valuenow")))
+    assert seen == [1.55, 2.05, 2.55, 3.0, 3.5, 4.0, 4.5, 4.0, 3.5, 3.0]
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_weight_follows_the_mouse_and_the_finger(opened, explorables, width):
+    page = opened(explorables["block"].page, width, touch=True)
+    handle = handles(page)[5]
+    before = float(handle.get_attribute("aria-valuenow"))
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 60, steps=4)
+    page.mouse.up()
+    page.mouse.move(x, y)
+    after = float(handle.get_attribute("aria-valuenow"))
+    assert after > before + 0.5
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    session = page.context.new_cdp_session(page)
+    for kind, points in (
+        ("touchStart", [{"x": x, "y": y}]),
+        ("touchMove", [{"x": x, "y": y + 40}]),
+        ("touchMove", [{"x": x, "y": y + 70}]),
+        ("touchEnd", []),
+    ):
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.wait_for_timeout(50)
+    assert float(handle.get_attribute("aria-valuenow")) < after - 0.5
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+
+
+def test_a_block_of_zeros_has_the_code_of_zero_everywhere(opened, explorables):
+    data = explorables["block"].data | {"weights": [0.0] * 16}
+    page = opened(explore.Explorable("block", data, "zeros").page)
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+    assert set(page.locator("[data-code]").all_inner_texts()) == {"7"}
+
+
+def test_an_outlier_takes_the_others_to_zero_and_can_be_calmed(opened, explorables):
+    page = opened(explorables["block"].page)
+    first = value(page, "zeros"), value(page, "mse")
+    page.get_by_role("button", name="Make weight 5 an outlier").click()
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+    assert value(page, "zeros") > first[0] and value(page, "mse") > 10 * first[1] and value(page, "bits") == 12
+    page.get_by_role("button", name="Calm weight 5").click()
+    assert (value(page, "zeros"), value(page, "mse")) == first
+
+
+# Bits
+
+
+def test_bits_and_gigabytes_of_every_setting_are_those_of_a_quantized_tensor(opened, explorables):
+    page = opened(explorables["bits"].page)
+    n = 2**20  # whole groups of 256 blocks at every block size
+    w = torch.zeros(n)
+    plain = {"32 (float32)": torch.float32, "16 (bfloat16)": torch.bfloat16, "8 (E4M3)": torch.float8_e4m3fn}
+    settings = [(label, dtype, False) for label, dtype in plain.items()]
+    settings += [("8 bits", torch.float32, "dynamic8"), ("4 bits", torch.float32, "linear4")]
+    for label, dtype, double_quant in settings:
+        page.get_by_role("radio", name=label, exact=True).check()
+        for i, block_size in enumerate(nf4lab.BLOCK_SIZES):
+            move(page, "block size", i)
+            format = nf4lab.Format("nf4", codebooks.nf4(), constants_dtype=dtype)
+            q = nf4lab.quantize(w, format, block_size, double_quant=double_quant)
+            offset = 32 / n if double_quant else 0  # one float32 a tensor, which the figure leaves out
+            bits = q.bits_per_weight - offset
+            assert value(page, "bits") == bits
+            assert math.isclose(value(page, "small"), 7e9 * bits / 8 / 1e9, rel_tol=1e-15)
+            assert math.isclose(value(page, "large"), 70e9 * bits / 8 / 1e9, rel_tol=1e-15)
+    page.get_by_role("radio", name="off").check()
+    page.get_by_role("radio", name="16 (bfloat16)").check()
+    assert value(page, "bits") == 4 + 16 / nf4lab.BLOCK_SIZES[-1]
+
+
+def test_the_error_of_a_setting_is_the_packages_and_the_best_within_the_budget_is_named(opened, explorables):
+    page = opened(explorables["bits"].page)
+    w = torch.randn(2**18, generator=explore.seeded(5))
+    page.get_by_role("radio", name="8 bits", exact=True).check()
+    q = nf4lab.quantize(w, "nf4", 64, double_quant=True)
+    assert value(page, "error") == nf4lab.mse(w, q.dequantize())
+    assert "★" in page.locator("[data-out=error]").inner_text()
+    page.get_by_role("radio", name="off").check()
+    move(page, "block size", nf4lab.BLOCK_SIZES.index(256))
+    assert value(page, "bits") == 4.125 and "✓" in page.locator("[data-out=bits]").inner_text()
+    assert value(page, "error") > nf4lab.mse(w, q.dequantize())
+    assert "★" not in page.locator("[data-out=error]").inner_text()
+
+
+# Levels
+
+
+@pytest.mark.parametrize("n_levels", [4, 7, 16])
+@pytest.mark.parametrize("family", ["normal", "Student t"])
+@pytest.mark.parametrize("position", [0, 13, 40])
+def test_the_levels_are_those_of_the_package_to_the_bit(opened, explorables, family, n_levels, position):
+    page = opened(explorables["levels"].page)
+    move(page, "tail probability", position)
+    move(page, "number of levels", n_levels)
+    page.get_by_role("group", name="levels made for").get_by_role("radio", name=family).check()
+    shown = torch.tensor([float(x) for x in page.locator("figure svg").get_attribute("data-levels").split()])
+    expected = codebooks.split_quantiles(explore.TAILS[position], n_levels, explore.FAMILIES[family])
+    assert torch.equal(shown, expected)
+
+
+@pytest.mark.parametrize("family", explore.FAMILIES)
+def test_usage_and_error_of_levels_are_those_of_a_large_sample(opened, explorables, family):
+    page = opened(explorables["levels"].page)
+    page.get_by_role("group", name="weights that come").get_by_role("radio", name=family).check()
+    page.get_by_role("group", name="levels made for").get_by_role("radio", name="Student t").check()
+    move(page, "tail probability", 20)
+    move(page, "number of levels", 12)
+    usage = torch.tensor([float(x) for x in page.locator("figure svg").get_attribute("data-usage").split()])
+    format = nf4lab.Format("trial", codebooks.split_quantiles(explore.TAILS[20], 12, explore.FAMILIES["Student t"]))
+    w = torch.from_numpy(explore.FAMILIES[family].rvs(2**20, random_state=3)).float()
+    q = nf4lab.quantize(w, format, block_size=64)
+    squares = (w - q.dequantize()).double().square().reshape(-1, 64).mean(dim=1)  # (n_blocks,), independent
+    error = squares.std().item() / len(squares) ** 0.5
+    assert abs(value(page, "mse") - squares.mean().item()) < 4 * error < 0.05 * value(page, "mse")
+    # The share of a code is a mean over weights that share an absmax: by blocks, its standard error is known.
+    by_block = torch.nn.functional.one_hot(q.codes.long(), 16)[:, :12].reshape(-1, 64, 12).double().mean(dim=1)
+    assert ((usage - by_block.mean(dim=0)).abs() < 4.5 * by_block.std(dim=0) / len(by_block) ** 0.5).all()
+    assert math.isclose(usage.sum(), 1, rel_tol=1e-6)
+
+
+def test_even_codes_and_the_least_error_lie_on_opposite_sides_of_nf4s_tail(opened, explorables):
+    page = opened(explorables["levels"].page)
+    field, found = page.get_by_role("slider", name="tail probability"), []
+    field.press("Home")
+    for tail in explore.TAILS:
+        found.append((tail, value(page, "mse"), value(page, "entropy")))
+        field.press("ArrowRight")
+    least = min(found, key=lambda row: row[1])[0]
+    even = max(found, key=lambda row: row[2])[0]
+    assert least < 0.95 < codebooks.TAIL < 0.99 < even
+    (nf4,) = [row for row in found if row[0] == codebooks.TAIL]
+    assert abs(nf4[1] - 0.008460) < 1e-6  # by quadrature, as chapter 6 has it
+
+
+def test_the_recipe_of_nf4_takes_other_densities_and_numbers_of_levels():
+    assert torch.equal(codebooks.split_quantiles(), codebooks.nf4())
+    five = codebooks.split_quantiles(0.9, 5, scipy.stats.uniform(-1, 2))
+    assert torch.allclose(five, torch.tensor([-1, -0.5, 0, 0.5, 1]), atol=1e-6)
+    with pytest.raises(ValueError, match="3 levels; got 2"):
+        codebooks.split_quantiles(n_levels=2)
