@@ -113,7 +113,7 @@ function parts(say) {
 
 mount("levels", CSS, {
   title: "Equal use or least error?",
-  question: "Drag the tail until the bars are as even as you can get them. Does the error fall with it? Then find the least error.",
-  look: "the tail with the most even bars and the tail with the least error lie on opposite sides of NF4’s.",
+  question: "Drag the tail until the bars are as even as you can get them. Does the error fall with it?",
+  look: "where the bars are most even, the error is nearly twice NF4’s. Equal use and least error are two aims.",
   parts,
 });
