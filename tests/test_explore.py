@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from collections import defaultdict
 
 import pytest
 import scipy.stats
@@ -10,6 +11,7 @@ import torch
 
 import nf4lab
 from nf4lab import codebooks, explore
+from nf4lab.explore import traces
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: install Debian's package `chromium`")
@@ -69,11 +71,8 @@ def value(page, key):
 
 
 def move(page, label, to):
-    """Move the range input of that label to a position, by its keys."""
-    field = page.get_by_role("slider", name=label)
-    field.press("Home")
-    for _ in range(to - int(field.get_attribute("min"))):
-        field.press("ArrowRight")
+    """Set the range input of that label to a position."""
+    page.get_by_role("slider", name=label).fill(str(to))
 
 
 # All of them
@@ -298,17 +297,16 @@ def test_the_error_of_a_setting_is_the_packages_and_the_best_within_the_budget_i
 # Levels
 
 
-@pytest.mark.parametrize("n_levels", [4, 7, 16])
-@pytest.mark.parametrize("family", ["normal", "Student t"])
-@pytest.mark.parametrize("position", [0, 13, 40])
-def test_the_levels_are_those_of_the_package_to_the_bit(opened, explorables, family, n_levels, position):
+def test_the_levels_are_those_of_the_package_to_the_bit(opened, explorables):
     page = opened(explorables["levels"].page)
-    move(page, "tail probability", position)
-    move(page, "number of levels", n_levels)
-    page.get_by_role("group", name="levels made for").get_by_role("radio", name=family).check()
-    shown = torch.tensor([float(x) for x in page.locator("figure svg").get_attribute("data-levels").split()])
-    expected = codebooks.split_quantiles(explore.TAILS[position], n_levels, explore.FAMILIES[family])
-    assert torch.equal(shown, expected)
+    for family in explore.FAMILIES:
+        page.get_by_role("group", name="levels made for").get_by_role("radio", name=family).check()
+        for position, n_levels in ((0, 4), (13, 16), (40, 7), (44, 15)):
+            move(page, "tail probability", position)
+            move(page, "number of levels", n_levels)
+            shown = torch.tensor([float(x) for x in page.locator("figure svg").get_attribute("data-levels").split()])
+            expected = codebooks.split_quantiles(explore.TAILS[position], n_levels, explore.FAMILIES[family])
+            assert torch.equal(shown, expected)
 
 
 @pytest.mark.parametrize("family", explore.FAMILIES)
@@ -349,3 +347,139 @@ def test_the_recipe_of_nf4_takes_other_densities_and_numbers_of_levels():
     assert torch.allclose(five, torch.tensor([-1, -0.5, 0, 0.5, 1]), atol=1e-6)
     with pytest.raises(ValueError, match="3 levels; got 2"):
         codebooks.split_quantiles(n_levels=2)
+
+
+# Who wins
+
+
+def table(page):
+    """The rows of the ranking: (format, block size, bits, error), as the page orders them."""
+    rows = page.locator("tbody tr").evaluate_all("rows => rows.map(row => ({ ...row.dataset }))")
+    return [(r["format"], int(r["size"] or 0), float(r["bits"] or 0), float(r["mse"] or "inf")) for r in rows]
+
+
+def test_the_ranking_at_equal_block_size_has_the_errors_of_the_package(opened, explorables):
+    page = opened(explorables["who_wins"].page)
+    w = torch.randn(2**18, generator=explore.seeded(6))
+    for block_size in (64, 1024):
+        move(page, "equal at", nf4lab.BLOCK_SIZES.index(block_size))
+        rows = table(page)
+        assert [row[3] for row in rows] == sorted(row[3] for row in rows) and len(rows) >= 5
+        for name, size, bits, mse in rows:
+            q = nf4lab.quantize(w, name, block_size)
+            assert (size, bits) == (block_size, q.bits_per_weight)
+            # Seven digits are kept.
+            assert math.isclose(mse, nf4lab.mse(w, q.dequantize()) / w.var().item(), rel_tol=1e-6)
+    assert table(page)[0][0] == "nf4"
+    move(page, "equal at", nf4lab.BLOCK_SIZES.index(64))
+    assert [row[0] for row in table(page)[:2]] == ["uniform", "nf4"]
+
+
+def test_at_equal_bits_each_format_takes_the_smallest_block_that_fits(opened, explorables):
+    page = opened(explorables["who_wins"].page)
+    page.get_by_role("radio", name="bits a weight").check()
+    for position, budget in enumerate(4 + 32 / size for size in nf4lab.BLOCK_SIZES):
+        move(page, "equal at", position)
+        for name, size, bits, _ in table(page):
+            sizes = explorables["who_wins"].data["sources"][0]["formats"][name]["bits"]
+            if not size:
+                assert min(sizes) > budget + 0.001
+                continue
+            assert bits <= budget + 0.001
+            smaller = nf4lab.BLOCK_SIZES.index(size) - 1
+            assert smaller < 0 or sizes[smaller] > budget + 0.001
+        errors = {name: mse for name, _, _, mse in table(page)}
+        assert (errors["nf4"] < errors["uniform"]) == (position > 0)  # from blocks of 32 up
+    move(page, "equal at", nf4lab.BLOCK_SIZES.index(64))
+    sizes = {name: size for name, size, *_ in table(page)}
+    assert sizes["nf4"] == 64 and sizes["uniform"] == 128
+
+
+def test_a_real_layer_can_be_chosen_and_formats_taken_out(opened, explorables):
+    page = opened(explorables["who_wins"].page)
+    page.get_by_role("combobox", name="weights").select_option("MiniLM, first layer: output")
+    w = nf4lab.models.minilm_matrices()["encoder.layer.0.output.dense"].reshape(-1)[: 2**18]
+    errors = {name: mse for name, _, _, mse in table(page)}
+    for name in ("nf4", "uniform"):
+        expected = nf4lab.mse(w, nf4lab.quantize(w, name, 64).dequantize()) / w.var().item()
+        assert math.isclose(errors[name], expected, rel_tol=1e-6)
+    page.get_by_role("checkbox", name="uniform").uncheck()
+    assert "uniform" not in [row[0] for row in table(page)]
+
+
+def test_every_four_bit_format_is_in_the_race_and_drawn_unlike_any_other(explorables):
+    looks = explorables["who_wins"].data["looks"]
+    assert list(looks) == [name for name, format in nf4lab.FORMATS.items() if format.code_bits == 4]
+    assert len({tuple(look.values()) for look in looks.values()}) == len(looks)
+    for source in explorables["who_wins"].data["sources"]:
+        assert list(source["formats"]) == list(looks)
+
+
+# A warp
+
+
+@pytest.mark.parametrize("name", traces.KERNELS)
+def test_a_traced_kernel_decodes_what_the_package_decodes(name):
+    _, _, out, q = traces.trace(name)
+    assert torch.equal(torch.from_numpy(out).view(torch.int16), q.dequantize().view(torch.int16))
+
+
+def touched(step, threads):
+    """Sectors, bytes wanted, and passes over the banks, counted one by one."""
+    wanted, banks = set(), defaultdict(set)
+    for first in step["bytes"][:threads]:
+        for byte in range(first, first + step["width"]):
+            wanted.add(byte)
+            banks[byte // 4 % 32].add(byte // 4)
+    return len({byte // 32 for byte in wanted}), len(wanted), max(map(len, banks.values()))
+
+
+@pytest.mark.parametrize("name", traces.KERNELS)
+def test_sectors_passes_and_bytes_are_counted_right_thread_by_thread(opened, explorables, name):
+    page = opened(explorables["warp"].page)
+    (kernel,) = [kernel for kernel in explorables["warp"].data["kernels"] if kernel["name"] == name]
+    page.locator(f"input[type=radio][value='{name}']").check()
+    for i, step in enumerate(kernel["steps"]):
+        move(page, "instruction", i)
+        for threads in (32, 5):
+            move(page, "threads that have asked", threads)
+            sectors, wanted, passes = touched(step, threads)
+            if step["space"] == "shared":
+                assert value(page, "now") == passes
+            else:
+                assert value(page, "now") == sectors
+                assert value(page, "share") == wanted / (32 * sectors)
+    in_memory = [step for step in kernel["steps"] if step["space"] == "global"]
+    assert value(page, "requests") == len(in_memory)
+    assert value(page, "sectors") == sum(touched(step, 32)[0] for step in in_memory)
+
+
+def test_the_warp_has_the_counts_of_chapter_7(explorables):
+    kernels = {kernel["name"]: kernel for kernel in explorables["warp"].data["kernels"]}
+    count = {name: [touched(step, 32) for step in kernel["steps"]] for name, kernel in kernels.items()}
+    assert [count["v1"][i][0] for i in (0, 3, 5)] == [1, 4, 4]  # load a byte, store even, store odd
+    assert [count["v3"][i][0] for i in (0, -1)] == [4, 16]  # load 4 bytes, store 16
+    requests = {
+        name: sum(step["space"] == "global" for step in kernel["steps"]) * 256 // kernel["weights"]
+        for name, kernel in kernels.items()
+    }
+    assert requests["v1"] == 24 and requests["v2"] == 16 and requests["v3"] == 3
+    # What the figure tells the reader to look for.
+    full = {name: all(touched(s, 32)[1] == 32 * touched(s, 32)[0] for s in kernel["steps"] if s["array"] == "out")
+            for name, kernel in kernels.items()}  # fmt: skip
+    assert [name for name in full if full[name]] == ["v3"]
+    conflicts = {
+        name for name, k in kernels.items() for s in k["steps"] if s["space"] == "shared" and touched(s, 32)[2] > 1
+    }
+    assert conflicts == {"byte table"}
+
+
+def test_next_and_thread_by_thread_walk_through_the_warp(opened, explorables):
+    page = opened(explorables["warp"].page)  # reduced motion: a step a press
+    lanes = page.get_by_role("slider", name="threads that have asked")
+    button = page.get_by_role("button", name="Thread by thread")
+    for expected in ("1 of 32", "2 of 32", "3 of 32"):
+        button.click()
+        assert lanes.get_attribute("aria-valuetext") == expected
+    page.get_by_role("button", name="Next instruction").click()
+    assert page.get_by_role("slider", name="instruction").get_attribute("aria-valuetext") == "2, load the absmax"

@@ -12,14 +12,16 @@ from dataclasses import replace
 import numpy as np
 import scipy.stats
 import torch
+from torch import Tensor
 
-from nf4lab import codebooks, metrics
+from nf4lab import codebooks, metrics, models, plots
 from nf4lab.blockwise import BLOCK_SIZES, quantize
 from nf4lab.double_quant import MAPS, DoubleQuant
+from nf4lab.explore import traces
 from nf4lab.explore.page import Explorable, float32_base64
 from nf4lab.formats import FORMATS
 
-__all__ = ["Explorable", "bits", "block", "levels"]
+__all__ = ["Explorable", "bits", "block", "levels", "warp", "who_wins"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -112,4 +114,70 @@ def bits() -> Explorable:
     data = {"sizes": BLOCK_SIZES, "schemes": schemes, "code_bits": FORMATS["nf4"].code_bits, "budget": 4.13}
     return Explorable(
         "bits", data, "What a block's constants cost in bits a weight and in gigabytes of a model, and what they buy."
+    )
+
+
+PALETTE = {
+    plots.BLUE: "blue", plots.VERMILION: "vermilion", plots.GREEN: "green", plots.ORANGE: "orange",
+    plots.PURPLE: "purple", plots.SKY: "sky", plots.YELLOW: "yellow", plots.BLACK: "ink",
+}  # fmt: skip
+DASHES = {"-": "none", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
+LAYER = "encoder.layer.0."  # of all-MiniLM-L6-v2: its matrices, by what they do
+MATRICES = {
+    "attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
+    "attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output",
+}  # fmt: skip
+
+
+def who_wins(matrices: dict[str, Tensor] | None = None) -> Explorable:
+    """Error against block size or bits for every 4-bit format, on normal weights and on a layer of a trained model.
+
+    matrices: by name, the first 262,144 weights of each are used; by default the six of all-MiniLM-L6-v2's first
+    layer. Errors are mean squared, over the variance of the weights.
+    """
+    if matrices is None:
+        trained = models.minilm_matrices()
+        matrices = {f"MiniLM, first layer: {text}": trained[LAYER + name] for name, text in MATRICES.items()}
+    normal = torch.randn(2**18, generator=seeded(6))
+    sources = [{"name": name, "formats": errors(w)} for name, w in {"normal weights": normal, **matrices}.items()]
+    data = {
+        "sizes": BLOCK_SIZES,
+        "sources": sources,
+        "looks": {name: look(i, name) for i, name in enumerate(sources[0]["formats"])},
+        "shown": [name for name in plots.LOOK if name in FORMATS],
+    }
+    return Explorable(
+        "who_wins", data, "At equal block size uniform leads on normal weights; at equal bits NF4 does, from 32 up."
+    )
+
+
+def errors(w: Tensor) -> dict[str, dict[str, list[float]]]:
+    """Bits a weight and relative mean squared error of each 4-bit format at each block size, by name."""
+    x, found = w.reshape(-1)[: 2**18], {}
+    for name in (name for name, format in FORMATS.items() if format.code_bits == 4):
+        tensors = [quantize(x, name, size) for size in BLOCK_SIZES]
+        mse = [metrics.mse(x, q.dequantize()) / x.var().item() for q in tensors]
+        found[name] = {"bits": [q.bits_per_weight for q in tensors], "mse": [float(f"{e:.7g}") for e in mse]}
+    return found
+
+
+def look(i: int, name: str) -> dict[str, str]:
+    """How a format is drawn: as on the book's other pages, or the i-th mix of colour, marker and dashes."""
+    if name in plots.LOOK:
+        color, marker, line = (plots.LOOK[name][key] for key in ("color", "marker", "linestyle"))
+        dash = DASHES[line] if isinstance(line, str) else " ".join(map(str, line[1]))
+        return {"color": PALETTE[color], "marker": marker, "dash": dash}
+    colors, dashes = list(PALETTE.values()), list(DASHES.values())
+    return {"color": colors[i % 8], "marker": "osD^v"[i % 5], "dash": dashes[i % 4]}
+
+
+def warp() -> Explorable:
+    """32 threads of five dequantization kernels, one instruction at a time: sectors, banks and bytes follow."""
+    kernels = []
+    for name in traces.KERNELS:
+        steps, weights = traces.trace(name)[:2]
+        kernels.append({"name": name, "weights": weights, "steps": steps})
+    data = {"kernels": kernels, "sector_bytes": traces.SECTOR_BYTES, "banks": traces.BANKS}
+    return Explorable(
+        "warp", data, "Which bytes of memory 32 threads ask for at once, and which are moved though nobody wants them."
     )

@@ -22,13 +22,12 @@ const short = (x) => (x === 0 ? "0" : fixed(x, clamp(2 - Math.floor(Math.log10(M
 // float32 values travel as base64 of their bytes: exact, and shorter than decimals.
 const floats = (text) => new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 
-function slider({ label, min, max, step = 1, value, text, change }) {
+function slider({ label, min, max, step = 1, value, text, spoken = text, change }) {
   const output = el("span", { class: "set", "aria-hidden": "true" });  // the input itself says it
   const input = el("input", { type: "range", min, max, step, value, "aria-label": label });
   const show = () => {
-    const shown = text(+input.value);
-    output.textContent = shown;
-    input.setAttribute("aria-valuetext", shown);
+    output.textContent = text(+input.value);
+    input.setAttribute("aria-valuetext", spoken(+input.value));
     input.style.setProperty("--fill", `${(100 * (input.value - min)) / (max - min)}%`);
   };
   input.addEventListener("input", () => { show(); change(+input.value); });
