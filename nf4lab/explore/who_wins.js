@@ -9,7 +9,7 @@ const stepOfBits = (bits) => Math.log2(32 / SIZES[0] / (bits - 4));
 const ENDS = SOURCES.flatMap((source) => Object.values(source.formats)).reduce(([low, high], { bits }) =>
   [Math.min(low, stepOfBits(bits[0])), Math.max(high, stepOfBits(bits[bits.length - 1]))], [0, STEPS[STEPS.length - 1]]);
 const bitsOfStep = (step) => 4 + 32 / SIZES[0] / 2 ** step;
-const number = (bits) => fixed(bits, 4).replace(/\.?0+$/, "");
+const number = (bits) => fixed(bits, 3).replace(/\.?0+$/, "");
 
 function standing(source, format, race, at) {
   const { bits, mse } = SOURCES[source].formats[format];
@@ -135,7 +135,7 @@ function parts(say) {
 
 mount("who_wins", CSS, {
   title: "Two races",
-  question: "On normal weights in blocks of 64, uniform beats NF4. Hold the bits equal instead of the block size: who wins now? And on a real layer?",
+  question: "On normal weights in blocks of 64, uniform beats NF4. Hold the bits equal instead of the block size: which of the two wins now? And on a real layer?",
   look: "in the second race the lines keep their shape and slide sideways, each by what its constants cost.",
   parts,
 });
