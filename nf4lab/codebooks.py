@@ -31,16 +31,34 @@ def nf4(tail: float = TAIL) -> Tensor:
     Raises ValueError unless 0.5 < tail < 1. Source: QLoRA (arXiv:2305.14314), section 3; bitsandbytes'
     `create_normal_map`.
     """
+    return split_quantiles(tail)
+
+
+def split_quantiles(tail: float = TAIL, n_levels: int = 16, density=scipy.stats.norm) -> Tensor:
+    """NF4's recipe for any symmetric density and number of levels, ascending: float32 (n_levels,), from -1 to 1.
+
+    An exact zero, half of the levels above it and the rest below: quantiles at even steps of probability from 0.5 to
+    `tail`, divided by the largest. With 16 levels and the normal this is NF4.
+
+    >>> split_quantiles(n_levels=5)
+    tensor([-1.0000, -0.3385,  0.0000,  0.3385,  1.0000])
+
+    Raises ValueError unless 0.5 < tail < 1 and there are 3 levels or more.
+    """
     if not 0.5 < tail < 1:
         raise ValueError(f"tail is a probability between 0.5 and 1; got {tail}")
-    positive = _normal_quantiles(torch.linspace(tail, 0.5, 9)[:-1])
-    negative = -_normal_quantiles(torch.linspace(tail, 0.5, 8)[:-1])
+    if n_levels < 3:
+        raise ValueError(f"a zero and both ends take 3 levels; got {n_levels}")
+    positive = side_quantiles(n_levels // 2, tail, density)
+    negative = -side_quantiles((n_levels - 1) // 2, tail, density)
     levels = torch.cat([negative, torch.zeros(1), positive.flip(0)])
     return levels / levels.max()
 
 
-def _normal_quantiles(probabilities: Tensor) -> Tensor:
-    return torch.from_numpy(scipy.stats.norm.ppf(probabilities.numpy())).float()
+def side_quantiles(n: int, tail: float = TAIL, density=scipy.stats.norm) -> Tensor:
+    """Quantiles of `density` at n even steps of probability, from `tail` down to but for 0.5: float32 (n,)."""
+    probabilities = torch.linspace(tail, 0.5, n + 1)[:-1]
+    return torch.from_numpy(density.ppf(probabilities.numpy())).float()
 
 
 def fp4() -> Tensor:
