@@ -23,6 +23,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # about a millisecond, and is not worth the second that importing numba takes, or a first compilation.
 CPU_FROM = 2**16
 CHUNK = 2**16  # elements whose constants are made at once; a multiple of every block size
+GEMV_ROWS = 16  # rows of x that the fused kernel takes at most
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
 
 
@@ -120,6 +121,23 @@ def dequantize_cuda(q, out: Tensor) -> None:
 
     levels = _padded(q.format.levels, 16, 0.0).to(out.device)
     cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
+
+
+def gemv(x: Tensor, q, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias without writing out W, the QuantizedTensor q of shape (n, k): x (..., k) to (..., n).
+
+    None where the kernel does not serve: off a GPU, for more than 16 rows or none, for other formats and dtypes.
+    """
+    rows = math.prod(x.shape[:-1])
+    if not (x.is_cuda and 1 <= rows <= GEMV_ROWS and q.numel):
+        return None
+    if choose(None, x.device, x.dtype, q.numel, q.format) != "cuda":
+        return None
+    from nf4lab.kernels import cuda
+
+    levels = _padded(q.format.levels, 16, 0.0).to(x.device)
+    constants = _cuda_absmax(q.stored_scale)
+    return cuda.gemv(x.contiguous(), q.packed, constants, levels, shape=q.shape, block_size=q.block_size, bias=bias)
 
 
 def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
