@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nf4lab import backends
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
+from nf4lab.checkpoint_keys import from_parts, parts_of
 from nf4lab.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.formats import Format
 
@@ -51,8 +52,9 @@ def with_tensors(part: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any
 
 
 def layout_of(q: QuantizedTensor) -> str:
-    """The name of q's layout, under which an op finds format, shape and block size again."""
+    """The name of q's layout, under which an op finds format, shape and block size again. The dtype is no part."""
     skeleton = with_tensors(q, {name: tensor.to("meta") for name, tensor in stored_tensors(q).items()})
+    skeleton = replace(skeleton, dtype=torch.float32)  # each op is told the dtype it is to compute in
     for name, known in _layouts.items():
         if _same(known, skeleton):
             return name
@@ -275,6 +277,36 @@ class Linear4bit(nn.Module):
             if self._buffers[name].dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The weight under the keys of bitsandbytes: `weight`, `weight.absmax` and so on."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(parts_of(prefix + "weight", self.quantized))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        name = prefix + "weight"
+        parts = {key: state_dict.pop(key) for key in list(state_dict) if key == name or key.startswith(f"{name}.")}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if name not in parts:
+            missing_keys += [name] * strict
+            return
+        try:
+            self._load(from_parts(name, parts), metadata.get("assign_to_params_buffers", False))
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{name}: {error}")
+
+    @torch.no_grad()
+    def _load(self, found: QuantizedTensor | Tensor, assign: bool) -> None:
+        """Take the tensors of `found` over; raise ValueError unless it is stored as this layer's weight is."""
+        if not isinstance(found, QuantizedTensor):
+            raise ValueError(f"it is not quantized, but {found.dtype} of shape {tuple(found.shape)}")
+        if layout_of(found) != self.layout:
+            raise ValueError(f"{found!r} does not fit in a layer with {self.quantized!r}")
+        if self.packed.is_meta and not assign:
+            raise ValueError("the layer is on the meta device: load with assign=True")
+        self.dtype = found.dtype if assign else self.dtype
+        for name, tensor in stored_tensors(found).items():
+            self._buffers[name] = tensor if assign else self._buffers[name].copy_(tensor)
 
     def __getstate__(self) -> dict:
         """For copies in other processes: the layout itself, since its name holds only here."""

@@ -1,6 +1,7 @@
 """Linear4bit: forward and backward through packed bytes, and everything that a module has to put up with."""
 
 import copy
+import io
 import pickle
 import weakref
 
@@ -28,6 +29,8 @@ def plain(n=37, k=100, bias=True, dtype=torch.float32, device="cpu"):
     """A torch.nn.Linear; by default 3,700 weights, whose last block is short and whose rows no block divides."""
     layer = nn.Linear(k, n, bias, device, dtype)
     layer.weight.data = normal(n, k, seed=1, dtype=dtype, device=device) / k**0.5
+    if bias:
+        layer.bias.data = normal(n, seed=3, dtype=dtype, device=device)
     return layer
 
 
@@ -186,6 +189,91 @@ def test_a_compute_dtype_holds_under_autocast_and_only_the_result_is_rounded(dev
     with torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert torch.equal(y, F.linear(x, layer.weight, layer.bias).to(torch.bfloat16))
+
+
+# --- state
+
+
+STORABLE = [format for format in FORMATS if format is not OWN]  # no file can hold a function of one's own
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("double_quant", SCHEMES)
+@pytest.mark.parametrize("format", STORABLE, ids=lambda format: format.name)
+def test_a_state_dict_carries_the_layer_over(format, double_quant, assign):
+    layer, x = quantized(format, 64, double_quant), normal(4, 100)
+    other = nf4lab.Linear4bit.from_linear(nn.Linear(100, 37), format, 64, double_quant)
+    saved = io.BytesIO()
+    torch.save(nn.Sequential(layer).state_dict(), saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)  # tensors alone: nothing is unpickled
+    assert not torch.equal(other(x), layer(x))
+    result = nn.Sequential(other).load_state_dict(loaded, assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert torch.equal(other(x), layer(x)) and torch.equal(other.packed, layer.packed)
+    assert not {b.data_ptr() for b in other.buffers()} & {b.data_ptr() for b in layer.buffers()}
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_the_keys_and_bytes_are_those_that_a_layer_of_bitsandbytes_writes(bitsandbytes, format, double_quant):
+    import bitsandbytes.nn
+
+    reference, x = plain(36), normal(20, 100)
+    theirs = bitsandbytes.nn.Linear4bit(100, 36, True, torch.float32, double_quant, format)
+    theirs.load_state_dict(reference.state_dict())
+    theirs = theirs.to("cpu")  # quantizes
+    ours = nf4lab.Linear4bit.from_linear(reference, format, 64, double_quant)
+    written, expected = ours.state_dict(), theirs.state_dict()
+    nested = ["weight.nested_absmax", "weight.nested_quant_map"] * double_quant
+    keys = ["bias", "weight", "weight.absmax", "weight.quant_map", f"weight.quant_state.bitsandbytes__{format}"]
+    assert sorted(written) == sorted(expected) == sorted(keys + nested)
+    for key in set(expected) - {keys[-1]}:  # that one is JSON, with spaces of one's own
+        assert (written[key].shape, written[key].dtype) == (expected[key].shape, expected[key].dtype)
+    layer = nf4lab.Linear4bit.from_linear(nn.Linear(100, 36), format, 64, double_quant)
+    layer.load_state_dict(expected)
+    assert torch.equal(layer(x), theirs(x))
+    stats = {key: value for key, value in written.items() if key.startswith("weight.")}
+    theirs.weight = bitsandbytes.nn.Params4bit.from_prequantized(written["weight"], stats, device="cpu", module=theirs)
+    assert torch.equal(theirs(x), ours(x))
+
+
+def test_a_layer_keeps_its_dtype_when_it_loads_unless_the_tensors_are_assigned():
+    state, x = quantized("nf4", 64, True).state_dict(), normal(4, 100)
+    layer = quantized("nf4", 64, True, dtype=torch.bfloat16)
+    layer.load_state_dict(state)
+    assert layer.weight.dtype == torch.bfloat16
+    layer = quantized("nf4", 64, True).to("meta")
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), quantized("nf4", 64, True)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: plain().state_dict(), r"it is not quantized, but torch.float32 of shape \(37, 100\)"),
+        (lambda: quantized("fp4").state_dict(), r"QuantizedTensor\(fp4, .*does not fit in a layer with .*\(nf4, "),
+        (lambda: quantized("nf4", 32).state_dict(), "block_size=32.*does not fit.*block_size=64"),
+        (lambda: quantized("nf4", 64, True).state_dict(), "bits_per_weight=4.1.*does not fit.*bits_per_weight=4.5"),
+        (lambda: {"bias": torch.zeros(37)}, 'Missing key.*"weight"'),
+        (lambda: without(quantized().state_dict(), "weight.absmax"), r"missing are \['.absmax'\]"),
+        (lambda: without(quantized().state_dict(), "bias"), 'Missing key.*"bias"'),
+        (lambda: quantized().state_dict() | {"scale": torch.zeros(1)}, 'Unexpected key.*"scale"'),
+        (lambda: quantized().state_dict() | {"weight.zero": torch.zeros(1)}, r"unknown are \['.zero'\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_both_sides_named(make, match):
+    with pytest.raises(RuntimeError, match=match):
+        quantized().load_state_dict(make())
+
+
+def test_a_layer_on_the_meta_device_loads_by_assignment_only():
+    with pytest.raises(RuntimeError, match="load with assign=True"):
+        quantized().to("meta").load_state_dict(quantized().state_dict())
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
 
 
 # --- what happens to modules
