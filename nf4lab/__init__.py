@@ -12,8 +12,8 @@ from nf4lab.network import QuantizedLayer, QuantizedLayers, quantize_model_
 
 __version__ = "0.1.0"
 __all__ = [
-    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "LoRALinear", "QuantizedConstants", "QuantizedLayer",
-    "QuantizedLayers", "QuantizedTensor", "add_lora_", "code_usage", "compression_ratio", "dequantize",
-    "entropy_bits", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse", "quantize",
+    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
+    "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "code_usage", "compression_ratio",
+    "dequantize", "entropy_bits", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse", "quantize",
     "quantize_checkpoint", "quantize_model_", "save_quantized", "shannon_limit", "sqnr_db",
 ]  # fmt: skip

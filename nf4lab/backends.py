@@ -119,7 +119,7 @@ def dequantize_cuda(q, out: Tensor) -> None:
     """What the QuantizedTensor q stands for, into the contiguous tensor out, in one launch."""
     from nf4lab.kernels import cuda
 
-    levels = _padded(q.format.levels, 16, 0.0).to(out.device)
+    levels = _cuda_levels(q.format, 16, out.device)
     cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
 
 
@@ -135,7 +135,7 @@ def gemv(x: Tensor, q, bias: Tensor | None) -> Tensor | None:
         return None
     from nf4lab.kernels import cuda
 
-    levels = _padded(q.format.levels, 16, 0.0).to(x.device)
+    levels = _cuda_levels(q.format, 16, x.device)
     constants = _cuda_absmax(q.stored_scale)
     return cuda.gemv(x.contiguous(), q.packed, constants, levels, shape=q.shape, block_size=q.block_size, bias=bias)
 
@@ -148,7 +148,7 @@ def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
     map = MAPS[scheme.map]
     if map.code_bits != 8 or stored.offset is None or scheme.group_size & (scheme.group_size - 1):
         return stored.dequantize()
-    code_map = _padded(map.levels, 256, 0.0).to(stored.codes.device)
+    code_map = _cuda_levels(map, 256, stored.codes.device)
     return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
 
 
@@ -160,6 +160,12 @@ def _cuda_codebook(format: Format, device: torch.device):
     used = format.ascending.tolist()
     unused = [code for code in range(16) if code not in used]
     return cuda.codebook(_padded(format.boundaries, 15, math.inf), (*used, *unused), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_levels(format: Format, n: int, device: torch.device) -> Tensor:
+    """The levels on the device, filled up to n: copied there once, since each copy would wait for the GPU."""
+    return _padded(format.levels, n, 0.0).to(device)
 
 
 def _padded(values: Tensor, n: int, filler: float) -> Tensor:

@@ -27,7 +27,7 @@ from nf4lab.formats import Format
 _layouts: dict[str, QuantizedTensor] = {}
 
 
-def stored_tensors(part: QuantizedTensor | QuantizedConstants) -> dict[str, Tensor]:
+def tensors_of(part: QuantizedTensor | QuantizedConstants) -> dict[str, Tensor]:
     """The tensors that `part` is made of, by field name; those of nested constants as "field_inner"."""
     found = {}
     for field in fields(part):
@@ -35,12 +35,12 @@ def stored_tensors(part: QuantizedTensor | QuantizedConstants) -> dict[str, Tens
         if isinstance(value, Tensor):
             found[field.name] = value
         elif isinstance(value, QuantizedConstants):
-            found |= {f"{field.name}_{inner}": tensor for inner, tensor in stored_tensors(value).items()}
+            found |= {f"{field.name}_{inner}": tensor for inner, tensor in tensors_of(value).items()}
     return found
 
 
 def with_tensors(part: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
-    """`part` with the tensors that `stored_tensors` names replaced by those given; nothing is copied."""
+    """`part` with the tensors that `tensors_of` names replaced by those given; nothing is copied."""
     replaced = {}
     for field in fields(part):
         value, name = getattr(part, field.name), prefix + field.name
@@ -53,7 +53,7 @@ def with_tensors(part: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any
 
 def layout_of(q: QuantizedTensor) -> str:
     """The name of q's layout, under which an op finds format, shape and block size again. The dtype is no part."""
-    skeleton = with_tensors(q, {name: tensor.to("meta") for name, tensor in stored_tensors(q).items()})
+    skeleton = with_tensors(q, {name: tensor.to("meta") for name, tensor in tensors_of(q).items()})
     skeleton = replace(skeleton, dtype=torch.float32)  # each op is told the dtype it is to compute in
     for name, known in _layouts.items():
         if _same(known, skeleton):
@@ -77,7 +77,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _rebuilt(stored: list[Tensor], layout: str) -> QuantizedTensor:
     skeleton = _layouts[layout]
-    return with_tensors(skeleton, dict(zip(stored_tensors(skeleton), stored, strict=True)))
+    return with_tensors(skeleton, dict(zip(tensors_of(skeleton), stored, strict=True)))
 
 
 # --- the ops: opaque to torch.compile, so that it runs the kernels instead of tracing the reference
@@ -196,8 +196,8 @@ class Linear4bit(nn.Module):
         _check_parts(weight, bias, compute_dtype)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.compute_dtype = weight.dtype, compute_dtype
-        self.layout, self.stored_names = layout_of(weight), tuple(stored_tensors(weight))
-        for name, tensor in stored_tensors(weight).items():
+        self.layout, self.stored_names = layout_of(weight), tuple(tensors_of(weight))
+        for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor, persistent=False)  # state_dict has them under bitsandbytes' keys
         bias = nn.Parameter(bias) if bias is not None and not isinstance(bias, nn.Parameter) else bias
         self.register_parameter("bias", bias)
@@ -305,7 +305,7 @@ class Linear4bit(nn.Module):
         if self.packed.is_meta and not assign:
             raise ValueError("the layer is on the meta device: load with assign=True")
         self.dtype = found.dtype if assign else self.dtype
-        for name, tensor in stored_tensors(found).items():
+        for name, tensor in tensors_of(found).items():
             self._buffers[name] = tensor if assign else self._buffers[name].copy_(tensor)
 
     def __getstate__(self) -> dict:
