@@ -346,10 +346,10 @@ def test_torch_compile_takes_autocast_and_a_compute_dtype_without_a_break(device
 def test_the_ops_keep_the_contracts_of_torch_library(format, double_quant, device):
     layer = quantized(format, 64, double_quant, device=device)
     x, grad = normal(6, 100, device=device), normal(6, 37, device=device)
-    for rows in (x, x.requires_grad_(), x[0], x.reshape(2, 3, 100).transpose(0, 1), x[:0]):
+    for rows in (x, x.clone().requires_grad_(), x[0], x.reshape(2, 3, 100).transpose(0, 1), x[:0]):
         for bias in (layer.bias, None):
             torch.library.opcheck(torch.ops.nf4lab.linear.default, (rows, layer.stored(), bias, layer.layout))
-    for rows in (grad, grad.requires_grad_()):
+    for rows in (grad, grad.clone().requires_grad_()):
         torch.library.opcheck(torch.ops.nf4lab.linear_input_grad.default, (rows, layer.stored(), layer.layout))
     torch.library.opcheck(torch.ops.nf4lab.dequantize_stored.default, (layer.stored(), layer.layout, torch.bfloat16))
 
