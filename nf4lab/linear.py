@@ -207,13 +207,14 @@ class Linear4bit(nn.Module):
         cls,
         layer: nn.Linear,
         format: str | Format = "nf4",
-        block_size: int = 64,
+        block_size: int | None = None,
         double_quant: bool | str | DoubleQuant = False,
         compute_dtype: torch.dtype | None = None,
     ) -> "Linear4bit":
         """A layer that does what `layer` does with its weight quantized; `layer` itself stays as it is.
 
-        The bias is shared, not copied. format, block_size, double_quant: as for `nf4lab.quantize`, with its errors.
+        The bias is shared, not copied. format, block_size, double_quant: as for `nf4lab.quantize`, with its errors and
+        its default block size.
 
         Raises TypeError unless layer is a torch.nn.Linear, ValueError where it has no data yet.
         """
@@ -221,7 +222,8 @@ class Linear4bit(nn.Module):
             raise TypeError(f"layer must be a torch.nn.Linear; got {type(layer).__name__}")
         if layer.weight.is_meta:
             raise ValueError(f"layer is on the meta device: its {tuple(layer.weight.shape)} weight has no values")
-        weight = quantize(layer.weight, format, block_size, double_quant)
+        size = {} if block_size is None else {"block_size": block_size}
+        weight = quantize(layer.weight, format, double_quant=double_quant, **size)
         return cls(weight, layer.bias, compute_dtype).train(layer.training)
 
     def stored(self) -> list[Tensor]:

@@ -45,7 +45,7 @@ class QuantizedLayers(list[QuantizedLayer]):
 def quantize_model_(
     model: nn.Module,
     format: str | Format = "nf4",
-    block_size: int = 64,
+    block_size: int | None = None,
     double_quant: bool | str | DoubleQuant = False,
     compute_dtype: torch.dtype | None = None,
     *,
