@@ -5,11 +5,15 @@ from nf4lab.checkpoint import iterate_quantized, load_quantized, save_quantized
 from nf4lab.convert import quantize_checkpoint
 from nf4lab.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.formats import FORMATS, Format
+from nf4lab.linear import Linear4bit
+from nf4lab.lora import LoRALinear, add_lora_, merge_lora_
 from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, shannon_limit, sqnr_db
+from nf4lab.network import QuantizedLayer, QuantizedLayers, quantize_model_
 
 __version__ = "0.1.0"
 __all__ = [
-    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "QuantizedConstants", "QuantizedTensor", "code_usage",
-    "compression_ratio", "dequantize", "entropy_bits", "iterate_quantized", "load_quantized", "mae", "mse", "quantize",
-    "quantize_checkpoint", "save_quantized", "shannon_limit", "sqnr_db",
+    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
+    "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "code_usage", "compression_ratio",
+    "dequantize", "entropy_bits", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse", "quantize",
+    "quantize_checkpoint", "quantize_model_", "save_quantized", "shannon_limit", "sqnr_db",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # about a millisecond, and is not worth the second that importing numba takes, or a first compilation.
 CPU_FROM = 2**16
 CHUNK = 2**16  # elements whose constants are made at once; a multiple of every block size
+GEMV_ROWS = 16  # rows of x that the fused kernel takes at most
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
 
 
@@ -132,8 +133,25 @@ def dequantize_cuda(q, out: Tensor) -> None:
     """What the QuantizedTensor q stands for, into the contiguous tensor out, in one launch."""
     from nf4lab.kernels import cuda
 
-    levels = _padded(q.format.levels, 16, 0.0).to(out.device)
+    levels = _cuda_levels(q.format, 16, out.device)
     cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
+
+
+def gemv(x: Tensor, q, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias without writing out W, the QuantizedTensor q of shape (n, k): x (..., k) to (..., n).
+
+    None where the kernel does not serve: off a GPU, for more than 16 rows or none, for other formats and dtypes.
+    """
+    rows = math.prod(x.shape[:-1])
+    if not (x.is_cuda and 1 <= rows <= GEMV_ROWS and q.numel):
+        return None
+    if choose(None, x.device, x.dtype, q.numel, q.format) != "cuda":
+        return None
+    from nf4lab.kernels import cuda
+
+    levels = _cuda_levels(q.format, 16, x.device)
+    constants = _cuda_absmax(q.stored_scale)
+    return cuda.gemv(x.contiguous(), q.packed, constants, levels, shape=q.shape, block_size=q.block_size, bias=bias)
 
 
 def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
@@ -144,7 +162,7 @@ def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
     map = MAPS[scheme.map]
     if map.code_bits != 8 or stored.offset is None or scheme.group_size & (scheme.group_size - 1):
         return stored.dequantize()
-    code_map = _padded(map.levels, 256, 0.0).to(stored.codes.device)
+    code_map = _cuda_levels(map, 256, stored.codes.device)
     return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
 
 
@@ -156,6 +174,12 @@ def _cuda_codebook(format: Format, device: torch.device):
     used = format.ascending.tolist()
     unused = [code for code in range(16) if code not in used]
     return cuda.codebook(_padded(format.boundaries, 15, math.inf), (*used, *unused), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_levels(format: Format, n: int, device: torch.device) -> Tensor:
+    """The levels on the device, filled up to n: copied there once, since each copy would wait for the GPU."""
+    return _padded(format.levels, n, 0.0).to(device)
 
 
 def _padded(values: Tensor, n: int, filler: float) -> Tensor:

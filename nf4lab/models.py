@@ -7,6 +7,8 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
+import logging
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,11 +88,29 @@ def sentence_encoder() -> "SentenceTransformer":
 
     Raises as `minilm_path`, and ModuleNotFoundError where sentence-transformers is not installed.
     """
-    from sentence_transformers import SentenceTransformer
+    with _quietly():
+        from sentence_transformers import SentenceTransformer
 
     folder = minilm_path().parent
     source = str(folder) if (folder / "modules.json").exists() else MINILM  # the hub's file comes alone
-    return SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
+    with _quietly():
+        return SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
+
+
+@contextmanager
+def _quietly():
+    """No remarks and no bars of the libraries underneath, up to warnings: a page shows what a reader asked for."""
+    from transformers.utils import logging as transformers_logging
+
+    before, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def language_model(dtype: torch.dtype = torch.float32) -> tuple[Decoder, "Tokenizer"]:

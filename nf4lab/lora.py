@@ -1,0 +1,93 @@
+"""Low-rank adapters on a frozen layer: y = base(x) + alpha / rank * B A x. All that trains is A and B.
+
+Source: LoRA (arXiv:2106.09685); on a 4-bit base, QLoRA (arXiv:2305.14314), section 3.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nf4lab.linear import Linear4bit
+from nf4lab.network import Choice, choose_layers, is_plain_linear, replace_layer
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapter: y = base(x) + scaling * B A dropout(x), with scaling = alpha / rank.
+
+    base: a Linear4bit or a torch.nn.Linear; its parameters are frozen. lora_A: (rank, in_features), uniform in
+    +-1/sqrt(in_features); lora_B: (out_features, rank), zeros, so that training starts at the base. Both as in PEFT.
+    dtype: that of the adapter, and of its arithmetic; the result has the dtype of the base's.
+
+    Raises TypeError for another base, ValueError unless rank is positive and 0 <= dropout < 1.
+    """
+
+    def __init__(self, base: Linear4bit | nn.Linear, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+                 dtype: torch.dtype = torch.float32):  # fmt: skip
+        super().__init__()
+        if not _can_adapt(base):
+            raise TypeError(f"base must be a Linear4bit or a torch.nn.Linear; got {type(base).__name__}")
+        if rank < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"rank must be at least 1 and dropout in [0, 1); got {rank} and {dropout}")
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
+        self.scaling, self.dropout = alpha / rank, nn.Dropout(dropout)
+        where = {"dtype": dtype, "device": base.packed.device if isinstance(base, Linear4bit) else base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in_features) to (…, out_features)."""
+        y = self.base(x)
+        inside = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, rank)
+        return y + (F.linear(inside, self.lora_B) * self.scaling).to(y.dtype)
+
+    def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """One plain layer that does the same: weight W_hat + scaling * B A, in `dtype` (default: the base's).
+
+        The sum is made in float32, or in float64 where that is the adapter's or the result's dtype, and rounded once.
+        """
+        quantized = isinstance(self.base, Linear4bit)
+        dtype = dtype or (self.base.dtype if quantized else self.base.weight.dtype)
+        wide = torch.promote_types(torch.promote_types(dtype, self.lora_A.dtype), torch.float32)
+        merged = self.base.to_linear(wide) if quantized else copy.deepcopy(self.base).to(wide)
+        with torch.no_grad():
+            merged.weight += self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        return merged.to(dtype).requires_grad_().train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def add_lora_(
+    model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+    *, include: Choice = "*", exclude: Choice = (), dtype: torch.dtype = torch.float32,
+) -> list[nn.Parameter]:  # fmt: skip
+    """Freeze `model` and put an adapter on its linear layers, in place; return the adapters' parameters, to train.
+
+    Linear4bit and plain torch.nn.Linear alike. include, exclude: as for `nf4lab.quantize_model_`, with its errors, and
+    ValueError where the model has adapters already.
+    """
+    if any(isinstance(layer, LoRALinear) for layer in model.modules()):
+        raise ValueError("model has adapters already: merge them first")
+    chosen = choose_layers(model, _can_adapt, include, exclude)
+    model.requires_grad_(False)
+    for names in chosen:
+        replace_layer(model, names, LoRALinear(model.get_submodule(names[0]), rank, alpha, dropout, dtype))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every adapted layer of `model` by the plain layer that it merges into, in place.
+
+    Raises ValueError where there is none.
+    """
+    for names in choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", ()):
+        replace_layer(model, names, model.get_submodule(names[0]).merge(dtype))
+
+
+def _can_adapt(layer: nn.Module) -> bool:
+    return isinstance(layer, Linear4bit) or is_plain_linear(layer)

@@ -1,0 +1,410 @@
+"""Linear4bit: forward and backward through packed bytes, and everything that a module has to put up with."""
+
+import copy
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import nf4lab
+from nf4lab import linear
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+OWN = nf4lab.Format("own", [-1.0, -0.3, 0.0, 0.2, 1.0], lambda blocks: (blocks.abs().amax(dim=1), None))
+FORMATS = [*nf4lab.FORMATS.values(), OWN]
+SCHEMES = [False, True, "linear4"]
+STORED = [  # constants of one byte are not quantized again
+    pytest.param(format, scheme, id=f"{format.name}-{scheme}")
+    for format in FORMATS
+    for scheme in SCHEMES
+    if not scheme or format.constants_dtype.itemsize > 1
+]
+
+
+def normal(*shape, seed=0, **kwargs):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(**kwargs)
+
+
+def plain(n=37, k=100, bias=True, dtype=torch.float32, device="cpu"):
+    """A torch.nn.Linear; by default 3,700 weights, whose last block is short and whose rows no block divides."""
+    layer = nn.Linear(k, n, bias, device, dtype)
+    layer.weight.data = normal(n, k, seed=1, dtype=dtype, device=device) / k**0.5
+    if bias:
+        layer.bias.data = normal(n, seed=3, dtype=dtype, device=device)
+    return layer
+
+
+def quantized(*args, bias=True, dtype=torch.float32, device="cpu", **kwargs):
+    return nf4lab.Linear4bit.from_linear(plain(bias=bias, dtype=dtype, device=device), *args, **kwargs)
+
+
+# --- forward and backward
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("format", "double_quant"), STORED)
+def test_the_output_is_that_of_a_plain_layer_with_the_dequantized_weight(format, double_quant, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        layer = quantized(format, 32, double_quant, dtype=dtype, device=device)
+        w_hat = nf4lab.quantize(plain(dtype=dtype, device=device).weight, format, 32, double_quant).dequantize()
+        x = normal(3, 7, 100, dtype=dtype, device=device)  # 21 rows: more than the fused kernel takes
+        assert torch.equal(layer.weight, w_hat)
+        assert torch.equal(layer(x), F.linear(x, w_hat, layer.bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (), (40,)])
+@pytest.mark.parametrize(("format", "double_quant"), STORED)
+def test_the_gradient_of_the_input_is_grad_times_the_dequantized_weight_exactly(format, double_quant, rows, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = quantized(format, 64, double_quant, dtype=dtype, device=device)
+        x = normal(*rows, 100, dtype=dtype, device=device).requires_grad_()
+        grad = normal(*rows, 37, seed=2, dtype=dtype, device=device)
+        layer(x).backward(grad)
+        assert torch.equal(x.grad, grad @ layer.weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("format", ["nf4", "uniform"])
+def test_the_derivatives_agree_with_finite_differences_in_float64(format, bias):
+    layer = nf4lab.Linear4bit.from_linear(plain(5, 7, bias, torch.float64), format, 16, True)
+    x = normal(3, 7, dtype=torch.float64).requires_grad_()
+    parameters = tuple(layer.parameters())
+
+    def f(x, *parameters):
+        return torch.func.functional_call(layer, {"bias": parameters[0]} if bias else {}, x)
+
+    assert torch.autograd.gradcheck(f, (x, *parameters))
+    assert torch.autograd.gradgradcheck(f, (x, *parameters))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_bias_trains_and_its_gradient_is_a_plain_layers(device):
+    layer, reference = quantized(device=device), plain(device=device)
+    x, grad = normal(20, 100, device=device), normal(20, 37, seed=2, device=device)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    layer(x).backward(grad)
+    reference(x).backward(grad)
+    assert torch.equal(layer.bias.grad, reference.bias.grad)
+    assert not layer.weight.requires_grad
+
+
+def test_the_graph_keeps_the_packed_bytes_and_nothing_else():
+    layer, kept = quantized("nf4", 64, True), []
+    x = normal(1000, 100).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x * 1)
+    own = {buffer.data_ptr() for buffer in layer.buffers()}
+    assert {t.data_ptr() for t in kept} <= own
+    assert sum(t.nbytes for t in kept) == layer.nbytes == layer.quantized.nbytes
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_the_input_can_be_freed_before_the_backward_pass():
+    layer, x = quantized(), normal(5, 100).requires_grad_()
+    inside = x + 1
+    seen = weakref.ref(inside)
+    y = layer(inside)
+    del inside
+    assert seen() is None
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("n_k", [(37, 100), (3, 5), (16, 64), (1, 1)])
+def test_block_size_needs_to_divide_nothing(n_k):
+    layer, x = nf4lab.Linear4bit.from_linear(plain(*n_k), "nf4", 64), normal(4, n_k[1])
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_empty_batch_goes_through_and_back(device):
+    layer = quantized(device=device)
+    x = torch.zeros(0, 3, 100, device=device, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, 37) and x.grad.shape == x.shape
+    assert not layer.bias.grad.any()
+
+
+@needs_cuda
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_up_to_16_rows_on_a_gpu_take_the_fused_kernel(rows, dtype, double_quant, monkeypatch):
+    from nf4lab.kernels import cuda
+
+    calls, gemv = [], cuda.gemv
+    monkeypatch.setattr(cuda, "gemv", lambda *args, **kwargs: calls.append(1) or gemv(*args, **kwargs))
+    reference = plain(48, 512, dtype=dtype, device="cuda")
+    layer = nf4lab.Linear4bit.from_linear(reference, "nf4", 64, double_quant)
+    x, w_hat = normal(rows, 512, dtype=dtype, device="cuda"), layer.weight.double()
+    exact = F.linear(x.double(), w_hat, layer.bias.double())
+    # a level rounded to float16, a sum of 512 in float32, and the weight and result rounded to dtype
+    size = F.linear(x.double().abs(), w_hat.abs(), layer.bias.double().abs())
+    bound = size * (2.0**-11 + 512 * 2.0**-24 + 2 * torch.finfo(dtype).eps)
+    assert ((layer(x).double() - exact).abs() <= bound).all()
+    assert len(calls) == 1
+    layer(x.repeat(17, 1))
+    assert len(calls) == 1
+
+
+# --- dtypes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compute_dtype_is_what_is_multiplied_in_and_the_result_has_the_dtype_of_x(device):
+    layer = quantized("nf4", compute_dtype=torch.bfloat16, device=device)
+    x = normal(20, 100, device=device)
+    w_hat, bias = (t.to(torch.bfloat16) for t in (layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x.to(torch.bfloat16), w_hat, bias).float())
+
+
+def test_moving_to_another_dtype_keeps_the_constants():
+    layer = quantized("nf4", 64, True)
+    before, w_hat = layer.quantized, layer.weight
+    assert layer.to(torch.bfloat16) is layer
+    assert layer.bias.dtype == layer.weight.dtype == layer.quantized.dtype == torch.bfloat16
+    assert torch.equal(layer.quantized.absmax, before.absmax)
+    assert torch.equal(layer.weight, w_hat.to(torch.bfloat16))
+    assert torch.equal(layer.float().weight, w_hat)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_chooses_the_dtype_as_for_a_plain_layer(device):
+    layer = quantized(device=device)
+    reference, x = layer.to_linear(), normal(20, 100, device=device).requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        y, expected = layer(x), reference(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(out.float().sum(), x)[0] for out in (y, expected)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compute_dtype_holds_under_autocast_and_only_the_result_is_rounded(device):
+    layer, x = quantized(compute_dtype=torch.float32, device=device), normal(20, 100, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, F.linear(x, layer.weight, layer.bias).to(torch.bfloat16))
+
+
+# --- state
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("format", "double_quant"),
+    [row for row in STORED if row.values[0] is not OWN],  # no file can hold a function of one's own
+)
+def test_a_state_dict_carries_the_layer_over(format, double_quant, assign):
+    layer, x = quantized(format, 64, double_quant), normal(4, 100)
+    other = nf4lab.Linear4bit.from_linear(nn.Linear(100, 37), format, 64, double_quant)
+    saved = io.BytesIO()
+    torch.save(nn.Sequential(layer).state_dict(), saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)  # tensors alone: nothing is unpickled
+    assert not torch.equal(other(x), layer(x))
+    result = nn.Sequential(other).load_state_dict(loaded, assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert torch.equal(other(x), layer(x)) and torch.equal(other.packed, layer.packed)
+    assert not {b.data_ptr() for b in other.buffers()} & {b.data_ptr() for b in layer.buffers()}
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_the_keys_and_bytes_are_those_that_a_layer_of_bitsandbytes_writes(bitsandbytes, format, double_quant):
+    import bitsandbytes.nn
+
+    reference, x = plain(36), normal(20, 100)
+    theirs = bitsandbytes.nn.Linear4bit(100, 36, True, torch.float32, double_quant, format)
+    theirs.load_state_dict(reference.state_dict())
+    theirs = theirs.to("cpu")  # quantizes
+    ours = nf4lab.Linear4bit.from_linear(reference, format, 64, double_quant)
+    written, expected = ours.state_dict(), theirs.state_dict()
+    nested = ["weight.nested_absmax", "weight.nested_quant_map"] * double_quant
+    keys = ["bias", "weight", "weight.absmax", "weight.quant_map", f"weight.quant_state.bitsandbytes__{format}"]
+    assert sorted(written) == sorted(expected) == sorted(keys + nested)
+    for key in set(expected) - {keys[-1]}:  # that one is JSON, with spaces of one's own
+        assert (written[key].shape, written[key].dtype) == (expected[key].shape, expected[key].dtype)
+    layer = nf4lab.Linear4bit.from_linear(nn.Linear(100, 36), format, 64, double_quant)
+    layer.load_state_dict(expected)
+    assert torch.equal(layer(x), theirs(x))
+    stats = {key: value for key, value in written.items() if key.startswith("weight.")}
+    theirs.weight = bitsandbytes.nn.Params4bit.from_prequantized(written["weight"], stats, device="cpu", module=theirs)
+    assert torch.equal(theirs(x), ours(x))
+
+
+def test_a_layer_keeps_its_dtype_when_it_loads_unless_the_tensors_are_assigned():
+    state, x = quantized("nf4", 64, True).state_dict(), normal(4, 100)
+    layer = quantized("nf4", 64, True, dtype=torch.bfloat16)
+    layer.load_state_dict(state)
+    assert layer.weight.dtype == torch.bfloat16
+    layer = quantized("nf4", 64, True).to("meta")
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), quantized("nf4", 64, True)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: plain().state_dict(), r"it is not quantized, but torch.float32 of shape \(37, 100\)"),
+        (lambda: quantized("fp4").state_dict(), r"QuantizedTensor\(fp4, .*does not fit in a layer with .*\(nf4, "),
+        (lambda: quantized("nf4", 32).state_dict(), "block_size=32.*does not fit.*block_size=64"),
+        (lambda: quantized("nf4", 64, True).state_dict(), "bits_per_weight=4.1.*does not fit.*bits_per_weight=4.5"),
+        (lambda: {"bias": torch.zeros(37)}, 'Missing key.*"weight"'),
+        (lambda: without(quantized().state_dict(), "weight.absmax"), r"missing are \['.absmax'\]"),
+        (lambda: without(quantized().state_dict(), "bias"), 'Missing key.*"bias"'),
+        (lambda: quantized().state_dict() | {"scale": torch.zeros(1)}, 'Unexpected key.*"scale"'),
+        (lambda: quantized().state_dict() | {"weight.zero": torch.zeros(1)}, r"unknown are \['.zero'\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_both_sides_named(make, match):
+    with pytest.raises(RuntimeError, match=match):
+        quantized().load_state_dict(make())
+
+
+def test_a_layer_on_the_meta_device_loads_by_assignment_only():
+    with pytest.raises(RuntimeError, match="load with assign=True"):
+        quantized(bias=False).to("meta").load_state_dict(quantized(bias=False).state_dict())
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+# --- what happens to modules
+
+
+@pytest.mark.parametrize("format", ["nf4", "uniform"])
+def test_a_deep_copy_is_equal_and_independent(format):
+    layer = quantized(format, 64, True)
+    twin, x = copy.deepcopy(layer), normal(4, 100)
+    assert torch.equal(twin(x), layer(x))
+    assert not {b.data_ptr() for b in twin.buffers()} & {b.data_ptr() for b in layer.buffers()}
+    assert twin.layout == layer.layout
+    twin.packed.zero_()
+    assert not torch.equal(twin(x), layer(x))
+
+
+def test_a_layer_survives_in_a_process_that_has_not_seen_its_layout(monkeypatch):
+    layer, x = quantized("nf4", 64, True), normal(4, 100)
+    sent, y = pickle.dumps(layer), layer(x)
+    monkeypatch.setattr(linear, "_layouts", {"0": linear._layouts[quantized("fp4", 32).layout]})
+    assert torch.equal(pickle.loads(sent)(x), y)
+
+
+def test_layers_of_one_layout_share_its_name_and_others_do_not():
+    def names():
+        return {quantized(row.values[0], size, row.values[1]).layout for row in STORED for size in (32, 64)}
+
+    assert len(names()) == 2 * len(STORED)
+    assert names() == names()
+    renamed = nf4lab.Format("nf4", nf4lab.codebooks.fp4())
+    assert quantized(renamed).layout != quantized("nf4").layout
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant, double_quant):
+    model = nn.Sequential(quantized("nf4", 64, double_quant), nn.GELU(), nn.Linear(37, 3))
+    x = normal(6, 100).requires_grad_()
+    gradients = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        x.grad = None
+        run(x).square().sum().backward()
+        gradients.append([x.grad.clone(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_compile_sees_one_graph_and_gives_the_same_bits(device):
+    model = nn.Sequential(quantized("nf4", 64, True, device=device), nn.ReLU(), nn.Linear(37, 3, device=device))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (20, 33):
+        x = normal(rows, 100, device=device).requires_grad_()
+        expected, y = model(x), compiled(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_compile_takes_autocast_and_a_compute_dtype_without_a_break(device):
+    x = normal(20, 100, device=device)
+    for layer in (quantized(device=device), quantized(compute_dtype=torch.bfloat16, device=device)):
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("format", ["nf4", "uniform"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_ops_keep_the_contracts_of_torch_library(format, double_quant, device):
+    layer = quantized(format, 64, double_quant, device=device)
+    x, grad = normal(6, 100, device=device), normal(6, 37, device=device)
+    for rows in (x, x.clone().requires_grad_(), x[0], x.reshape(2, 3, 100).transpose(0, 1), x[:0]):
+        for bias in (layer.bias, None):
+            torch.library.opcheck(torch.ops.nf4lab.linear.default, (rows, layer.stored(), bias, layer.layout))
+    for rows in (grad, grad.clone().requires_grad_()):
+        torch.library.opcheck(torch.ops.nf4lab.linear_input_grad.default, (rows, layer.stored(), layer.layout))
+    torch.library.opcheck(torch.ops.nf4lab.dequantize_stored.default, (layer.stored(), layer.layout, torch.bfloat16))
+
+
+def test_code_that_reads_a_weight_finds_the_dequantized_one():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0, batch_first=True).eval()
+    reference, x = copy.deepcopy(block), normal(2, 5, 32)
+    for row in nf4lab.quantize_model_(block):
+        reference.get_submodule(row.name).weight.data = block.get_submodule(row.name).weight
+    with torch.no_grad():  # here torch's fast path reads weights and calls none of the layers
+        assert torch.equal(block(x), reference(x))
+    assert torch.equal(block.train()(x), reference.train()(x))  # here it reads out_proj's only
+
+
+def test_back_to_a_plain_layer():
+    layer = quantized("nf4", 64, True)
+    back, x = layer.to_linear(), normal(4, 100)
+    assert type(back) is nn.Linear and back.weight.requires_grad and back.bias is not layer.bias
+    assert torch.equal(back(x), layer(x))
+    assert layer.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_the_bias_is_shared_and_the_mode_kept():
+    layer = plain().eval()
+    q = nf4lab.Linear4bit.from_linear(layer)
+    assert q.bias is layer.bias and not q.training
+    assert "nf4, block_size=64, bits_per_weight=4.50" in repr(q)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: nf4lab.Linear4bit(torch.zeros(3, 4)), TypeError, "weight must be a QuantizedTensor; got Tensor"),
+        (lambda: nf4lab.Linear4bit(nf4lab.quantize(normal(4))), ValueError, r"in_features\); got \(4,\)"),
+        (
+            lambda: nf4lab.Linear4bit(nf4lab.quantize(normal(4, 8)), torch.zeros(8)),
+            ValueError,
+            r"bias must have shape \(4,\); got \(8,\)",
+        ),
+        (lambda: quantized(compute_dtype=torch.int8), TypeError, "compute_dtype must be float32.*got torch.int8"),
+        (lambda: nf4lab.Linear4bit.from_linear(nn.Conv1d(1, 1, 1)), TypeError, "got Conv1d"),
+        (lambda: nf4lab.Linear4bit.from_linear(nn.Linear(3, 4, device="meta")), ValueError, "meta device"),
+        (lambda: quantized()(normal(100, 37)), ValueError, r"100 features in its last dimension; got \(100, 37\)"),
+        (lambda: quantized()(torch.zeros(3, 100, dtype=torch.int64)), TypeError, "got torch.int64"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_by_name(make, error, match):
+    with pytest.raises(error, match=match):
+        make()

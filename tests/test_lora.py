@@ -1,0 +1,188 @@
+"""LoRA on a frozen layer: where it starts, what trains, what merging gives, and that PEFT on bitsandbytes agrees."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nf4lab
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+
+def normal(*shape, seed=0, **kwargs):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(**kwargs)
+
+
+def adapted(base=None, rank=4, dtype=torch.float32, **kwargs):
+    """An adapter that has learned something: neither factor is zero."""
+    torch.manual_seed(0)
+    base = base or nf4lab.Linear4bit.from_linear(nn.Linear(100, 37, dtype=dtype), "nf4", 64, True)
+    layer = nf4lab.LoRALinear(base, rank, 8, dtype=dtype, **kwargs)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+# --- the layer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_starts_at_the_frozen_layer(device):
+    base = nf4lab.Linear4bit.from_linear(nn.Linear(100, 37, device=device))
+    x = normal(20, 100, device=device)
+    assert torch.equal(nf4lab.LoRALinear(base)(x), base(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make", [nf4lab.Linear4bit.from_linear, lambda layer: layer])
+def test_only_the_two_factors_train(make, device):
+    layer = nf4lab.LoRALinear(make(nn.Linear(100, 37, device=device)), rank=4)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad} == {
+        "lora_A": (4, 100),
+        "lora_B": (37, 4),
+    }
+    x = normal(20, 100, device=device).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.base.bias.grad is None
+    assert not layer.lora_A.grad.any() and layer.lora_B.grad.any()  # while B is zero, nothing reaches A
+    assert x.grad.any()
+
+
+def test_gradients_of_input_and_factors_agree_with_finite_differences():
+    layer = adapted(dtype=torch.float64)
+    x = normal(3, 100, dtype=torch.float64).requires_grad_()
+
+    def f(x, a, b):
+        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, x)
+
+    assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
+
+
+def test_the_factors_start_as_in_peft():
+    layer = nf4lab.LoRALinear(nf4lab.Linear4bit.from_linear(nn.Linear(4096, 64)), rank=16, alpha=32)
+    bound = 1 / math.sqrt(4096)
+    assert layer.scaling == 2 and not layer.lora_B.any()
+    assert layer.lora_A.abs().max() <= bound
+    # of 65,536 uniform values the largest is within 1e-3 of the end but for a chance of exp(-65)
+    assert layer.lora_A.abs().max() > 0.999 * bound
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_merging_gives_one_plain_layer_that_does_the_same(quantized):
+    torch.manual_seed(1)
+    base = nn.Linear(100, 37, dtype=torch.float64)
+    layer = adapted(nf4lab.Linear4bit.from_linear(base, "nf4", 64, True) if quantized else base, dtype=torch.float64)
+    merged, x = layer.merge(), normal(20, 100, dtype=torch.float64)
+    assert type(merged) is nn.Linear and merged.weight.requires_grad
+    assert torch.equal(merged.weight, layer.base.weight + 2 * (layer.lora_B @ layer.lora_A))
+    # two orders of summation over at most 100 + 4 products: 104 roundings of 2^-53 of the sum of magnitudes
+    size = x.abs() @ (layer.base.weight.abs() + 2 * layer.lora_B.abs() @ layer.lora_A.abs()).T + merged.bias.abs()
+    assert ((merged(x) - layer(x)).abs() <= 2 * 104 * 2.0**-53 * size).all()
+
+
+def test_a_merge_into_16_bits_is_rounded_once():
+    layer = adapted(nf4lab.Linear4bit.from_linear(nn.Linear(100, 37, dtype=torch.bfloat16)))
+    merged = layer.merge()
+    exact = layer.base.quantized.dequantize(torch.float32) + 2 * (layer.lora_B @ layer.lora_A)
+    assert torch.equal(merged.weight, exact.to(torch.bfloat16))
+    assert merged.bias.dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_adapter_alone_and_only_while_training():
+    layer, x = adapted(dropout=0.5), normal(4, 100)
+    torch.manual_seed(3)
+    first = layer(x)
+    assert not torch.equal(first, layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    torch.nn.init.zeros_(layer.train().lora_B)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: nf4lab.LoRALinear(nn.Embedding(4, 4)), TypeError, "got Embedding"),
+        (lambda: nf4lab.LoRALinear(nn.Linear(4, 4), rank=0), ValueError, "rank must be at least 1 .*; got 0"),
+        (lambda: nf4lab.LoRALinear(nn.Linear(4, 4), dropout=1.0), ValueError, r"dropout in \[0, 1\); got 8 and 1.0"),
+        (lambda: nf4lab.merge_lora_(nn.Sequential(nn.Linear(4, 4))), ValueError, "no layer is chosen"),
+    ],
+)
+def test_mistakes_are_refused_by_name(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+# --- a whole model
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 64, bias=False))
+
+
+def test_a_model_gets_adapters_in_place_and_nothing_else_trains():
+    model = network()
+    nf4lab.quantize_model_(model)
+    parameters = nf4lab.add_lora_(model, rank=4, include="0")
+    assert isinstance(model[0], nf4lab.LoRALinear) and isinstance(model[3], nf4lab.Linear4bit)
+    assert sum(p.numel() for p in parameters) == 4 * (64 + 128)
+    assert [id(p) for p in parameters] == [id(p) for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="has adapters already"):
+        nf4lab.add_lora_(model)
+
+
+def test_merging_a_model_leaves_plain_layers_where_adapters_were():
+    model, x = network().double(), normal(5, 64, dtype=torch.float64)
+    nf4lab.quantize_model_(model, exclude="3")
+    for parameter in nf4lab.add_lora_(model, dtype=torch.float64):
+        nn.init.normal_(parameter, std=0.1)
+    before = model(x)
+    nf4lab.merge_lora_(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.LayerNorm, nn.Linear]
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)  # sums of 128 float64 of order 1, two layers
+
+
+def train(model, parameters, steps=5):
+    """Losses and what the parameters came to after some steps of AdamW."""
+    optimizer, x, target = torch.optim.AdamW(parameters, lr=1e-2), normal(32, 64), normal(32, 64, seed=1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [p.detach().clone() for p in parameters]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_peft_on_layers_of_bitsandbytes_gives_the_same_losses_and_the_same_adapters(bitsandbytes, quant_type):
+    peft = pytest.importorskip("peft")
+    from bitsandbytes.nn import Linear4bit
+
+    theirs, ours = network(), network()
+    for k in (0, 3):
+        plain = theirs[k]
+        bias = plain.bias is not None
+        layer = Linear4bit(
+            plain.in_features, plain.out_features, bias, torch.float32, False, quant_type  # constants not nested
+        )  # fmt: skip
+        layer.load_state_dict(plain.state_dict())
+        theirs[k] = layer.to("cpu")  # quantizes
+    assert theirs[0].weight.dtype == torch.uint8
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["0", "3"])
+    )
+    nf4lab.quantize_model_(ours, quant_type)
+    parameters = nf4lab.add_lora_(ours, rank=4, alpha=8)
+    found = [p for p in theirs.parameters() if p.requires_grad]
+    assert [p.shape for p in found] == [p.shape for p in parameters]
+    with torch.no_grad():
+        for mine, its in zip(parameters, found, strict=True):
+            its.copy_(mine)
+    (losses, trained), (expected, wanted) = train(ours, parameters), train(theirs, found)
+    assert losses == expected and losses[-1] < losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(trained, wanted, strict=True))
