@@ -64,10 +64,12 @@ def quantize_model_(
     Layers go one at a time, and each old weight is freed before the next is read: beside the model, memory is needed
     for one layer, dequantized to measure its error, and for its packed bytes.
 
-    Raises ValueError where nothing is chosen, where a pattern matches no linear layer, and where `model` is itself a
-    linear layer, which can only be replaced from outside; otherwise as `nf4lab.quantize`.
+    Raises ValueError where nothing is chosen, where a pattern matches no linear layer, where a chosen layer has hooks,
+    which would be lost, and where `model` is itself a linear layer, which can only be replaced from outside; otherwise
+    as `nf4lab.quantize`.
     """
     chosen = choose_layers(model, is_plain_linear, include, exclude)
+    _refuse_hooks(model, chosen)
     rows = QuantizedLayers()
     for names in tqdm(chosen, desc="quantize", unit="layer", delay=2, disable=not progress):
         rows.append(_swap(model, names, format, block_size, double_quant, compute_dtype))
@@ -76,7 +78,8 @@ def quantize_model_(
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether the layer is a torch.nn.Linear, or a subclass that computes the same."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    as_usual = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return as_usual and "forward" not in vars(layer)  # some libraries replace it in the one layer
 
 
 def choose_layers(
@@ -95,6 +98,13 @@ def choose_layers(
     if not chosen:
         raise ValueError(f"no layer is chosen: of {len(everything)}, {len(wanted)} included, {len(unwanted)} excluded")
     return chosen
+
+
+def _refuse_hooks(model: nn.Module, chosen: list[list[str]]) -> None:
+    for name, *_ in chosen:
+        layer = model.get_submodule(name)
+        if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+            raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or exclude the layer")
 
 
 def _matches(model: nn.Module, everything: list[list[str]], choice: Choice) -> set[int]:

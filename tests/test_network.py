@@ -78,6 +78,22 @@ def test_a_second_pass_quantizes_only_what_is_left():
     assert model.first.quantized.format.name == "nf4"
 
 
+def test_a_layer_with_hooks_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    handle = model[1].register_forward_hook(lambda layer, x, y: 2 * y)
+    with pytest.raises(ValueError, match="layer '1' has hooks, which would be lost"):
+        nf4lab.quantize_model_(model)
+    assert type(model[0]) is nn.Linear
+    handle.remove()
+    assert len(nf4lab.quantize_model_(model)) == 2
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_alone():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[0].forward = lambda x: x
+    assert [row.name for row in nf4lab.quantize_model_(model)] == ["1"]
+
+
 def test_bitsandbytes_layers_are_left_alone():
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 64)).to("cpu")
