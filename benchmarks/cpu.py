@@ -11,6 +11,7 @@ had stands beside every sample. A call is timed from outside, as a caller would 
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -135,15 +136,15 @@ def record(key, n, dtype, times_us, others):
 
 
 def crossovers(records):
-    """For each dtype and operation: the least size measured at which the kernel's median is below the reference's."""
-    medians = {(r["operation"], r["who"], r["output"], r["dtype"], r["n"]): r["median_us"] for r in records}
+    """For each operation and dtype: the least of the measured sizes from which on the kernel's median is the lower."""
+    allocated = [r for r in records if r["output"] == "allocated"]
+    medians = {(r["operation"], r["dtype"], r["n"], r["who"]): r["median_us"] for r in allocated}
     least = {}
-    for operation, who, output, dtype, n in sorted(medians, key=lambda key: -key[-1]):
-        if (who, output) == ("kernel", "allocated"):
-            wins = medians[operation, who, output, dtype, n] < medians[operation, "reference", output, dtype, n]
-            name = f"{operation} {dtype}"
-            if (wins and least.get(name, n * 4) == n * 4) or name not in least:
-                least[name] = n if wins else None
+    for operation, dtype in sorted({key[:2] for key in medians}):
+        sizes = sorted({key[2] for key in medians if key[:2] == (operation, dtype)}, reverse=True)
+        wins = [medians[operation, dtype, n, "kernel"] < medians[operation, dtype, n, "reference"] for n in sizes]
+        winning = list(itertools.takewhile(lambda pair: pair[1], zip(sizes, wins, strict=True)))
+        least[f"{operation} {dtype}"] = winning[-1][0] if winning else None
     return least
 
 
