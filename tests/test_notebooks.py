@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import jupytext
+import lab_submissions
 import nbformat
 import pytest
 
@@ -19,6 +20,7 @@ spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "book" / 
 make_notebooks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_notebooks)
 CHAPTERS = make_notebooks.chapters()
+COLAB_FOR_OTTER = ["ipywidgets==7.7.1", "pandas", "nbconvert", "dill", "wrapt", "requests", "sphinx", "click"]
 COLAB = ["numba==0.61.2", "numpy==2.1.3", "scipy==1.16.3", "matplotlib==3.10.0"]
 
 
@@ -78,13 +80,13 @@ def colab(tmp_path_factory):
     return python
 
 
-def test_a_notebook_runs_from_an_empty_folder_on_colab(colab, tmp_path):
-    notebook = nbformat.read(ROOT / "book" / "03-levels-from-quantiles.ipynb", as_version=4)
+def run_on_colab(colab, folder, notebook):
+    """Run the notebook as Colab does, with this repository in place of its address: the outputs' data, cell by cell."""
     setup = next(cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", []))
     address = f"git+{make_notebooks.repository_url()}@v{make_notebooks.nf4lab.__version__}"
     assert address in setup.source
     setup.source = setup.source.replace(address, f"git+file://localhost{ROOT}")
-    nbformat.write(notebook, tmp_path / "notebook.ipynb")
+    nbformat.write(notebook, folder / "notebook.ipynb")
     run = (
         "import nbformat, nbclient; notebook = nbformat.read('notebook.ipynb', 4);"
         "nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3').execute();"
@@ -92,9 +94,34 @@ def test_a_notebook_runs_from_an_empty_folder_on_colab(colab, tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLAB_RELEASE_TAG": "rehearsal"}
     environment["PATH"] = f"{colab.parent}:{environment['PATH']}"
-    done = subprocess.run([colab, "-c", run], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([colab, "-c", run], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    executed = json.loads((tmp_path / "executed.ipynb").read_text())
-    printed = "".join("".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
+    executed = json.loads((folder / "executed.ipynb").read_text())
+    return ["".join("".join(o.get("text", "")) for o in c.get("outputs", [])) for c in executed["cells"]], executed
+
+
+def test_a_notebook_runs_from_an_empty_folder_on_colab(colab, tmp_path):
+    notebook = nbformat.read(ROOT / "book" / "03-levels-from-quantiles.ipynb", as_version=4)
+    printed = "".join(run_on_colab(colab, tmp_path, notebook)[0])
     assert "numba 0.61.2, no GPU" in printed
     assert "with tail = 0.9677083 all 16 are equal" in printed
+
+
+def test_a_lab_runs_on_colab_with_its_checks(colab, tmp_path):
+    """Lab 1 with the master's answers, but for one in which ties go up."""
+    pip = [colab, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, *COLAB, *COLAB_FOR_OTTER], check=True)
+    notebook = nbformat.read(ROOT / "labs" / "lab1" / "lab1.ipynb", as_version=4)
+    answers = {cell.source.split("(")[0]: cell.source for cell in lab_submissions.solved("lab1").cells}
+    for cell in notebook.cells:
+        if "otter_answer_cell" in cell.metadata.get("tags", []):
+            cell.source = answers[cell.source.split("(")[0]].replace("> boundaries", ">= boundaries")
+    _, executed = run_on_colab(colab, tmp_path, notebook)
+    checks = {
+        re.search(r"q\d", "".join(cell["source"]))[0]: "".join(cell["outputs"][-1]["data"]["text/plain"])
+        for cell in executed["cells"]
+        if "".join(cell["source"]).startswith("grader.check")
+    }
+    assert {name for name, text in checks.items() if "All test cases passed!" in text} == {"q1", "q3", "q4", "q5", "q6"}
+    assert "codes[2]: expected 0, got 1 (2 of 9 differ)" in checks["q2"]
+    assert "Likely cause: a tie went the wrong way" in checks["q2"]
