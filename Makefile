@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks labs grade bench home clean
+.PHONY: help book test lint notebooks labs grade students bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,11 @@ labs: $(BIN)/ready ## write each lab's notebook, checks and grader: make labs SE
 
 grade: $(BIN)/ready ## grade a folder of notebooks: make grade LAB=2 IN=folder OUT=grades.csv ARGS=--help
 	$(BIN)/python labs/grade.py $(ARGS) $(LAB) $(IN) $(OUT)
+
+students: ## copy what students may see, without masters and their tests: make students OUT=../course
+	@test -n "$(OUT)" || { echo "make students OUT=../course"; exit 2; }
+	mkdir -p $(OUT)
+	git archive HEAD | tar -x -C $(OUT) --exclude-from=labs/private.txt
 
 bench: $(BIN)/ready ## measure the kernels here: make bench NAME=my-cpu; writes benchmarks/results/
 	$(BIN)/python benchmarks/cpu.py $(or $(NAME),$(shell uname -m))

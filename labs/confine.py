@@ -10,6 +10,7 @@ On top, `watch` installs a Python audit hook. It refuses the same in the interpr
 was tried; code that calls C can get around it, which is why it is not called a layer. Standard library only.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -77,7 +78,8 @@ def own_namespaces() -> bool:
     if libc.unshare(NEWUSER | NEWPID | NEWNET):
         return False
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
+        with contextlib.suppress(OSError):  # without it the process sees itself as nobody, and is shut in all the same
+            Path(f"/proc/self/{name}").write_text(text)
     child = os.fork()
     if child:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)

@@ -96,8 +96,8 @@ def converse(notebook: bytes, job: Job) -> tuple[list[dict], str, int]:
     if len(notebook) > MOST_BYTES:
         return [], f"unreadable: {len(notebook):,} bytes, more than a notebook may have", 0
     with tempfile.TemporaryDirectory(prefix="nf4lab-", ignore_cleanup_errors=True) as top:
-        work = Path(top).resolve()
-        (work / "tmp").mkdir()
+        work = Path(top).resolve() / "work"
+        (work / "tmp").mkdir(parents=True)
         (work / "submission.ipynb").write_bytes(notebook)
         running = start_in_container(job, work) if job.container else server_of(job).start(job, work)
         try:
@@ -192,13 +192,15 @@ def start_in_container(job: Job, work: Path) -> Running:
     engine = next((found for found in map(shutil.which, ("podman", "docker")) if found), None)
     if engine is None:
         raise FileNotFoundError("--container needs podman or docker; neither is installed")
-    programs, task = work.with_name(work.name + "-programs"), task_of(job, Path("/work"), ["/programs", "/usr/local"])
+    programs, task = work.with_name("programs"), task_of(job, Path("/work"), ["/programs", "/usr/local"])
     programs.mkdir()
+    for folder in (work, work / "tmp"):  # the container's user is another one; what is above lets nobody else in
+        folder.chmod(0o777)
     for name, text in job.programs.items():
         (programs / name).write_text(text)
     command = [
         engine, "run", "--rm", "-i", "--network=none", "--read-only", "--tmpfs=/tmp",
-        "--cap-drop=ALL", "--security-opt=no-new-privileges",
+        "--cap-drop=ALL", "--security-opt=no-new-privileges", "--security-opt=label=disable",
         f"--memory={job.limits.memory_bytes}", f"--pids-limit={16 * job.limits.processes}",
         f"--volume={programs}:/programs:ro", f"--volume={work}:/work",
         *(f"--env={name}={value}" for name, value in environment_of(Path("/work")).items()),

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -177,3 +178,31 @@ def test_the_students_files_do_not_depend_on_the_seed():
     one, two = (make_labs.check_files(lab, made(lab)[2], seed) for seed in (1, 2))
     assert one != two
     assert make_labs.make(lab, 12345, check=True) == []
+
+
+def test_the_copy_for_students_has_no_master_and_nothing_of_one(tmp_path):
+    subprocess.run(["make", "-s", "students", f"OUT={tmp_path}/course"], cwd=ROOT, check=True)
+    copied = [path for path in (tmp_path / "course").rglob("*") if path.is_file()]
+    assert {"lab1.ipynb", "q1.py", "feedback.py", "make_labs.py"} <= {path.name for path in copied}
+    text = "\n".join(path.read_text(errors="ignore") for path in copied if path.suffix in (".md", ".py", ".ipynb"))
+    hidden = [
+        case.body.test_func.__name__ for lab in LABS for cases in checks(lab).values() for case in cases if case.hidden
+    ]
+    public = [
+        case.body.test_func.__name__
+        for lab in LABS
+        for cases in checks(lab).values()
+        for case in cases
+        if not case.hidden
+    ]
+    assert not [name for name in set(hidden) - set(public) if f"def {name}(" in text]
+
+
+def test_the_guide_tells_the_labs_minutes_and_points():
+    guide = (ROOT / "labs" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[?(\d) .*?\| (\d+ \| \d+) \|", guide, re.MULTILINE))
+    for lab in LABS:
+        text = "\n".join(cell.source for cell in nbformat.read(ROOT / "labs" / lab / f"{lab}.ipynb", 4).cells)
+        minutes, points = re.search(r"\*\*Time\*\* (\d+) minutes\..*\*\*Points\*\* (\d+)", text).groups()
+        assert rows[lab[3:]] == f"{minutes} | {points}" and float(points) == possible(lab)
+        assert 60 <= int(minutes) <= 90
