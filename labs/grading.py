@@ -183,7 +183,8 @@ def environment_of(work: Path) -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return threads | {
         "HOME": str(work), "TMPDIR": str(work / "tmp"), "IPYTHONDIR": str(work / "tmp"), "MPLBACKEND": "Agg",
-        "MPLCONFIGDIR": str(work / "tmp"), "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
+        **dict.fromkeys(("MPLCONFIGDIR", "NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), str(work / "tmp")),
     }  # fmt: skip
 
 

@@ -150,9 +150,13 @@ def restore(remembered: list[tuple]) -> list[str]:
     changed = []
     for holder, before in remembered:
         for name, value in before.items():
-            if vars(holder).get(name) is not value:
-                changed.append(f"{holder.__name__}.{name}")
+            found = vars(holder).get(name)
+            if found is not value:
                 setattr(holder, name, value)
+                if getattr(found, "__module__", None) != getattr(
+                    value, "__module__", None
+                ):  # as when torch wraps its own
+                    changed.append(f"{holder.__name__}.{name}")
     return changed
 
 

@@ -75,7 +75,7 @@ def colab(tmp_path_factory):
     python = folder / "bin" / "python"
     torch = f"torch=={importlib.metadata.version('torch').split('+')[0]}"
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, torch, *COLAB, "safetensors", "nbclient", "ipykernel"], check=True)
+    subprocess.run([*pip, torch, *COLAB, "safetensors", "tqdm", "nbclient", "ipykernel"], check=True)
     return python
 
 
