@@ -20,11 +20,10 @@ import math
 import torch
 from torch import Tensor
 
-from nf4lab import formats
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor
 from nf4lab.blockwise import DTYPES as ORIGINAL_DTYPES
 from nf4lab.double_quant import MAPS, DoubleQuant, QuantizedConstants
-from nf4lab.formats import FORMATS, Format
+from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max, power_of_two, signed_absmax
 from nf4lab.tensorfile import is_shape, without_duplicates
 
 BITSANDBYTES_STATES = {f".quant_state.bitsandbytes__{name}": name for name in ("nf4", "fp4")}
@@ -34,11 +33,7 @@ BITSANDBYTES_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_
 CONSTANTS_PARTS = ("", ".group_absmax", ".offset")  # of each of KINDS
 KINDS = (".scale", ".location")
 NF4LAB_PARTS = (".levels", ".tensor_scale", *(kind + part for kind in KINDS for part in CONSTANTS_PARTS))
-NORMALIZATIONS = {
-    name: getattr(formats, name)
-    for name in ("absmax", "signed_absmax", "power_of_two", "min_max", "mean_std")
-    if hasattr(formats, name)
-}
+NORMALIZATIONS = {rule.__name__: rule for rule in (absmax, signed_absmax, power_of_two, min_max, mean_std)}
 # What else makes a format: plain values, with their defaults.
 FORMAT_FIELDS = {
     field.name: field.default
@@ -91,8 +86,8 @@ def _nf4lab_parts(q: QuantizedTensor) -> tuple[str, dict, dict[str, Tensor]]:
         state["normalize"] = _normalization_name(q.format)
         state["fields"] = {name: getattr(q.format, name) for name in FORMAT_FIELDS}
     parts = {".levels": q.format.levels}
-    if (tensor_scale := getattr(q, "tensor_scale", None)) is not None:
-        parts[".tensor_scale"] = tensor_scale
+    if q.tensor_scale is not None:
+        parts[".tensor_scale"] = q.tensor_scale
     for key, constants in zip(KINDS, (q.stored_scale, q.stored_location), strict=True):
         if isinstance(constants, QuantizedConstants):
             scheme = constants.double_quant
@@ -206,13 +201,9 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
         scheme = DoubleQuant(**state["double_quant"])
     n_blocks = -(-math.prod(shape) // block_size)
     kinds = KINDS if format.normalize(torch.zeros(1, 16))[1] is not None else KINDS[:1]
-    one_more = {"tensor_scale": parts.pop(".tensor_scale", None)} if getattr(format, "tensor_scale", False) else {}
-    for name, part in one_more.items():
-        if part is None:
-            raise ValueError(f"missing is .tensor_scale of format {format.name!r}")
-        one_more[name] = _checked_constants(part, torch.float32, 1, name).reshape(())
     per_kind = CONSTANTS_PARTS[: 2 + (scheme.centred and n_blocks > 0)] if scheme else ("",)
-    _check_keys(parts, {kind + part for kind in kinds for part in per_kind})
+    wanted = {kind + part for kind in kinds for part in per_kind}
+    _check_keys(parts, wanted | ({".tensor_scale"} if format.tensor_scale else set()))
     stored = {}
     for kind in kinds:
         if scheme:
@@ -222,8 +213,11 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
             stored[kind] = _constants(parts[kind], group_absmax, offset, n_blocks, scheme)
         else:
             stored[kind] = _checked_constants(parts[kind], format.constants_dtype, n_blocks, kind[1:]).float()
+    tensor_scale = None
+    if format.tensor_scale:
+        tensor_scale = _checked_constants(parts[".tensor_scale"], torch.float32, 1, "tensor_scale").reshape(())
     scale, location = stored[".scale"], stored.get(".location")
-    return QuantizedTensor(packed, scale, location, format, shape, dtype, block_size, **one_more)
+    return QuantizedTensor(packed, scale, location, format, shape, dtype, block_size, tensor_scale)
 
 
 def _checked_format(state: dict, levels: Tensor | None) -> Format:

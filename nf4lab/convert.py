@@ -54,8 +54,7 @@ def quantize_checkpoint(
     source, target, format = Path(source), Path(target), as_format(format)
     if target.exists():
         raise FileExistsError(f"{target} exists already; nothing was written")
-    arguments = {"format": format, "double_quant": as_double_quant(double_quant) or False}
-    arguments |= {} if block_size is None else {"block_size": block_size}
+    arguments = {"format": format, "block_size": block_size, "double_quant": as_double_quant(double_quant) or False}
     with opened(source) as files, _progress_bar(files, progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         chosen = {name for name, entry in entries.items() if _is_chosen(name, entry, include, exclude)}

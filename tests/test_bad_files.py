@@ -16,11 +16,12 @@ from nf4lab import tensorfile
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A file with a double-quantized tensor d, one with plain constants p, an int4 one i, and an ordinary one o."""
+    """A file with d, double-quantized, p, with plain constants, i in min-max uniform, n in NVFP4, and an ordinary o."""
     path = tmp_path_factory.mktemp("good") / "good.safetensors"
     w = torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
     tensors = {"d": nf4lab.quantize(w, double_quant=True), "p": nf4lab.quantize(w), "o": w[0].clone()}
-    nf4lab.save_quantized(path, tensors | {"i": nf4lab.quantize(w, "uniform", double_quant=True)})
+    tensors |= {"i": nf4lab.quantize(w, "uniform", double_quant=True), "n": nf4lab.quantize(w, "nvfp4")}
+    nf4lab.save_quantized(path, tensors)
     return path
 
 
@@ -212,6 +213,10 @@ BAD_STATES = {
         r"unknown map 'x' for double"),
     "uniform: centred 1": (with_state(I, lambda s: s["double_quant"].update(centred="no")),
         r"centred must be true or false"),
+    "nvfp4: no scale of the tensor": (lambda p: p.pop("n.tensor_scale"), r"'n': missing are \['\.tensor_scale'\]"),
+    "nvfp4: two scales of the tensor": (replaced("n.tensor_scale", lambda t: t.repeat(2)),
+        r"tensor_scale must be 1 torch.float32; got 2"),
+    "nvfp4: scales in float32": (replaced("n.scale", lambda t: t.float()), r"scale must be 125 torch.float8_e4m3fn"),
     "uniform: unknown field": (state(I, normalize="min_max", fields={"x": 1}), r"unknown are \['x'\]"),
     "uniform: fields a list": (state(I, normalize="min_max", fields=[1]), r"fields must be a JSON object; got \[1\]"),
     "uniform: normalises as os": (state(I, normalize="system", fields={}), r"unknown normalisation 'system'"),
@@ -228,7 +233,7 @@ def test_parts_that_contradict_each_other_are_refused_in_words(good, tmp_path, m
 
 
 def test_the_good_file_itself_is_read(good):
-    assert sorted(nf4lab.load_quantized(good)) == ["d", "i", "o", "p"]
+    assert sorted(nf4lab.load_quantized(good)) == ["d", "i", "n", "o", "p"]
 
 
 def random_mutation(raw, rng):

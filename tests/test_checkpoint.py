@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, bitsandbytes reads it, and what bitsandbytes wrote is read."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -58,6 +59,18 @@ def test_a_format_of_ones_own_comes_back_with_its_levels_and_its_group_size(tmp_
     back = nf4lab.load_quantized(tmp_path / "a.safetensors")["w"]
     assert_equal(back, original)
     assert back.format.constants_dtype == torch.bfloat16 and back.format.normalize is own.normalize
+
+
+@pytest.mark.parametrize("format", ["nf4", "mxfp4", "nvfp4", "bof4-s", "q4_0"])
+def test_a_searched_scale_and_every_other_field_of_a_format_come_back(tmp_path, format):
+    own = nf4lab.FORMATS[format].searched((1.0, 0.75, 1.25))
+    original = nf4lab.quantize(weight(24, 64), own)
+    nf4lab.save_quantized(tmp_path / "a.safetensors", {"w": original})
+    back = nf4lab.load_quantized(tmp_path / "a.safetensors")["w"]
+    assert_equal(back, original)
+    for field in dataclasses.fields(nf4lab.Format):
+        values = (getattr(f, field.name) for f in (own, back.format))
+        assert torch.equal(*values) if field.name == "levels" else len(set(values)) == 1, field.name
 
 
 def test_constants_are_stored_in_the_dtype_of_their_format(tmp_path):
