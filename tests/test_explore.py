@@ -248,6 +248,7 @@ def test_a_weight_follows_the_mouse_and_the_finger(opened, explorables, width):
 
     box = handle.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    assert handle.evaluate("node => getComputedStyle(node).touchAction") == "none"  # else the page would scroll
     session = page.context.new_cdp_session(page)
     for kind, points in (
         ("touchStart", [{"x": x, "y": y}]),
