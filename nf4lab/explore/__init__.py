@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from nf4lab import codebooks, metrics, models, plots
+from nf4lab import codebooks, extremes, metrics, models, plots
 from nf4lab.blockwise import BLOCK_SIZES, quantize
 from nf4lab.double_quant import MAPS, DoubleQuant
 from nf4lab.explore import traces
@@ -60,12 +60,9 @@ def normalized(density, block_size: int, n_points: int = 257) -> tuple[np.ndarra
     A block's largest weight becomes -1 or 1 and is left out, so that twice the integral of the first is
     1 - 1 / block_size. `density` is symmetric. Both are float64 (n_points,), summed over the absmax by quadrature.
     """
-    x, dx = np.polynomial.legendre.leggauss(300)
-    x, dx = (x + 1) / 2, dx / 2
-    rest = (1 - x) ** 5  # P(absmax > a), with nodes dense towards 0
-    beyond = -np.expm1(np.log1p(-rest) / block_size)  # P(|w| > a)
-    a = density.isf(beyond / 2)
-    weight = 5 * (1 - x) ** 4 * dx * (block_size - 1) / block_size * a / (1 - beyond)
+    nodes = extremes.of_magnitude(block_size, density)
+    a = nodes.high
+    weight = (block_size - 1) / block_size * nodes.probability * a / nodes.share
     at = density.pdf(np.linspace(0, 1, n_points)[:, None] * a)  # (n_points, n_nodes)
     return at @ weight, at @ (weight * a**2)
 

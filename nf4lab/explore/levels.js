@@ -20,7 +20,7 @@ function at(table, s) {
   const [a, b, c, d] = table.subarray(i - 1, i + 3);
   return b + t * ((c - a) / 2 + t * ((a + c) / 2 - b)) + ((t * (t * t - 1)) / 6) * (d - 3 * c + 3 * b - a);
 }
-function integrate(f, from, to, panels = 12) {  // Simpson's rule
+function integrate(f, from, to, panels = 32) {  // Simpson's rule
   const h = (to - from) / (2 * panels);
   let sum = f(from) + f(to);
   for (let i = 1; i < 2 * panels; i++) sum += (i % 2 ? 4 : 2) * f(from + i * h);
