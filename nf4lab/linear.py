@@ -222,8 +222,7 @@ class Linear4bit(nn.Module):
             raise TypeError(f"layer must be a torch.nn.Linear; got {type(layer).__name__}")
         if layer.weight.is_meta:
             raise ValueError(f"layer is on the meta device: its {tuple(layer.weight.shape)} weight has no values")
-        size = {} if block_size is None else {"block_size": block_size}
-        weight = quantize(layer.weight, format, double_quant=double_quant, **size)
+        weight = quantize(layer.weight, format, block_size, double_quant)
         return cls(weight, layer.bias, compute_dtype).train(layer.training)
 
     def stored(self) -> list[Tensor]:

@@ -145,6 +145,17 @@ def test_merging_a_model_leaves_plain_layers_where_adapters_were():
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)  # sums of 128 float64 of order 1, two layers
 
 
+def test_a_model_with_adapters_compiles_to_one_graph_with_the_same_bits():
+    model, x = network(), normal(5, 64)
+    nf4lab.quantize_model_(model, double_quant=True)
+    parameters = nf4lab.add_lora_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, y = model(x), compiled(x)
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(out.sum(), parameters) for out in (y, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def train(model, parameters, steps=5):
     """Losses and what the parameters came to after some steps of AdamW."""
     optimizer, x, target = torch.optim.AdamW(parameters, lr=1e-2), normal(32, 64), normal(32, 64, seed=1)
