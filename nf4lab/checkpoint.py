@@ -23,7 +23,8 @@ METADATA = {"format": "pt"}  # transformers opens no file without it
 def save_quantized(path: str | os.PathLike, tensors: dict[str, QuantizedTensor | Tensor]) -> None:
     """Write tensors by name to one safetensors file, quantized ones with bitsandbytes' keys where it has any.
 
-    The file takes its name only when it is complete; one that had the name before is replaced.
+    The file takes its name only when it is complete; one that had the name before is replaced. bitsandbytes reads
+    NF4 and FP4 in its block sizes, 32 and up, and says that it does not take 16.
 
     Raises TypeError for anything that is not a tensor; ValueError for two tensors with one name, for a dtype that
     safetensors lacks, and for a Format of one's own with a normalisation of one's own, which no file can hold.

@@ -207,6 +207,14 @@ def test_bitsandbytes_refuses_what_it_has_no_words_for(bitsandbytes):
         library.nn.Params4bit.from_prequantized(data=parts.pop("w"), quantized_stats=parts, device="cpu")
 
 
+def test_bitsandbytes_says_that_it_does_not_take_blocks_of_16(bitsandbytes):
+    parts = parts_of("w", nf4lab.quantize(weight(8, 64), block_size=16))
+    data = parts.pop("w")
+    state = bitsandbytes.QuantState.from_dict(parts, device="cpu")
+    with pytest.raises(ValueError, match="invalid blocksize 16"):
+        bitsandbytes.dequantize_4bit(data, state)
+
+
 def test_the_parts_lead_back_to_the_tensor_without_a_file():
     original = nf4lab.quantize(weight(7, 9), double_quant=True)
     assert_equal(from_parts("w", parts_of("w", original)), original)

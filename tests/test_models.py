@@ -49,9 +49,10 @@ def test_without_the_package_and_without_the_hub_the_error_says_what_to_install(
         models.minilm_path.__wrapped__()
 
 
-def test_the_sentence_encoder_runs_offline_and_holds_the_same_matrices():
+def test_the_sentence_encoder_runs_offline_and_holds_the_same_matrices(capfd):
     pytest.importorskip("sentence_transformers")
     encoder = models.sentence_encoder()
+    assert capfd.readouterr() == ("", "")  # neither a bar nor a remark, which would stand on a page of the book
     one, same, other = encoder.encode(["A cat sleeps.", "A cat is asleep.", "The bill was paid."])
     assert one.shape == (384,) and one @ same > 0.8 > 0.2 > one @ other
     ours = models.minilm_matrices()
