@@ -1,7 +1,7 @@
 """Where levels come from: quantiles, uniform grids, small floats, and the best levels for a density.
 
-Every function returns float32 levels indexed by code. Nothing here is a pasted table, but for IQ4_NL, which has no
-rule: the tests hold each derivation against the published one.
+Every function returns float32 levels indexed by code. Nothing here is a pasted table but IQ4_NL's: the tests
+hold each derivation against the published one.
 """
 
 import numpy as np
@@ -102,8 +102,8 @@ def twos_complement(bits: int = 4) -> Tensor:
 def iq4_nl() -> Tensor:
     """The 16 levels of llama.cpp's IQ4_NL, ascending integers from -127 to 113: float32 (16,), none of them zero.
 
-    They are llama.cpp's design and the one table in this file: no rule for them was published. A block's extreme
-    goes to -127. Source: llama.cpp, `kvalues_iq4nl`.
+    They are llama.cpp's table, and the only one in this file that is copied. A block's extreme goes to -127.
+    Source: llama.cpp, `kvalues_iq4nl`, https://github.com/ggml-org/llama.cpp/pull/5590.
     """
     return torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]).float()
 

@@ -55,9 +55,11 @@ def standings(ax: Axes, table: dict[str, dict[float, float]]) -> None:
     budgets = sorted({bits for row in table.values() for bits in row})
     ax.hlines(range(len(table)), *zip(*((min(row.values()), max(row.values())) for row in table.values()), strict=True),
               color="#bbbbbb", linewidth=0.8, zorder=0)  # fmt: skip
-    for bits, color, marker in zip(budgets, (VERMILION, PURPLE, BLUE, GREEN, BLACK), "v<o^s", strict=False):
+    colors = (VERMILION, PURPLE, BLUE, GREEN, BLACK)
+    for bits, color, marker, size in zip(budgets, colors, "v<o^s", (5, 3.5, 5, 7, 5), strict=False):
         at = [(row[bits], height) for height, row in enumerate(table.values()) if bits in row]
-        ax.plot(*zip(*at, strict=True), linestyle="none", marker=marker, color=color, label=f"{bits:g} bits")
+        look = {"marker": marker, "color": color, "markersize": size, "zorder": 9 - size}  # none hides another
+        ax.plot(*zip(*at, strict=True), linestyle="none", label=f"{bits:g} bits", **look)
     ax.set(yticks=range(len(table)), yticklabels=list(table), xlabel="signal-to-quantization-noise ratio (dB)",
            ylim=(-0.6, len(table) - 0.4))  # fmt: skip
     ax.tick_params(axis="y", length=0)

@@ -24,8 +24,7 @@ COLAB = ["numba==0.61.2", "numpy==2.1.3", "scipy==1.16.3", "matplotlib==3.10.0"]
 
 
 def test_every_chapter_in_the_table_of_contents_has_code():
-    numbers = ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "12"]
-    assert [path.stem[:2] for path in CHAPTERS] == ["in", *numbers]
+    assert [path.stem[:2] for path in CHAPTERS] == ["in", *(f"{number:02d}" for number in range(1, 13))]
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
