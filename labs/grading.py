@@ -219,11 +219,11 @@ def listen(running: Running, job: Job) -> tuple[list[dict], str, int]:
     with selectors.DefaultSelector() as selector:
         selector.register(running.back, selectors.EVENT_READ)
         while True:
-            n_processes, used_bytes = usage(running.pid)
+            n_processes, used_bytes = usage(running.pid, job.limits.processes + 2)
             peak_bytes = max(peak_bytes, used_bytes)
             for over, ended in (
-                (time.monotonic() > deadline, f"time limit ({job.limits.seconds} s)"),
                 (n_processes > job.limits.processes + 2, f"more than {job.limits.processes} processes"),
+                (time.monotonic() > deadline, f"time limit ({job.limits.seconds} s)"),
                 (used_bytes > 1.25 * job.limits.memory_bytes, f"memory limit ({job.limits.memory_gb:g} GB)"),
                 (len(heard) > MOST_LINES_BYTES, "told the grader too much"),
             ):
@@ -261,13 +261,14 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def usage(pid: int) -> tuple[int, int]:
+def usage(pid: int, most: int) -> tuple[int, int]:
     """How many processes belong to this one, itself included, and the memory they hold in bytes.
 
-    What a fork shares with others counts in shares, where the system can tell (Linux).
+    What a fork shares with others counts in shares, where the system can tell (Linux). That takes a while for each,
+    so the memory of more processes than `most` is not looked at.
     """
     processes, used = family(pid), 0
-    for process in processes:
+    for process in processes if len(processes) <= most else ():
         with contextlib.suppress(psutil.NoSuchProcess):
             try:
                 used += process.memory_full_info().pss
