@@ -32,6 +32,7 @@ FAULTS = r"""() => ({
   "formulas left as text":
       [...document.querySelectorAll("main .math")].filter(m => !m.querySelector("mjx-container")).length,
   "directives left as text": /(^|\n)\s*(```\{|:::)/.test(document.querySelector("main").innerText),
+  "explorables that did not start": document.querySelectorAll("main [data-explorable]:not([data-ready])").length,
   "cells with errors": document.querySelectorAll("main .stderr, main .traceback").length,
 })"""
 CAPTIONS = r"""() => [...document.querySelectorAll("main .cell_output img")].map(image => {

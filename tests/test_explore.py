@@ -262,6 +262,19 @@ def test_a_weight_follows_the_mouse_and_the_finger(opened, explorables, width):
     assert_the_block_is_what_the_package_makes_of_its_weights(page)
 
 
+def test_a_tap_in_a_column_moves_its_weight_there_without_dragging(opened, explorables):
+    page = opened(explorables["block"].page, 360, touch=True)
+    handle = handles(page)[2]
+    handle.scroll_into_view_if_needed()
+    box = page.locator(".column .track").nth(2).bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + 0.25 * box["height"])
+    moved = float(handle.get_attribute("aria-valuenow"))
+    assert 2 < moved < 2.5  # a quarter of the way from the top: the linear part, to 3, starts at 0.16
+    assert_the_block_is_what_the_package_makes_of_its_weights(page)
+    page.touchscreen.tap(*(handle.bounding_box()[k] + 16 for k in "xy"))
+    assert float(handle.get_attribute("aria-valuenow")) == moved
+
+
 def test_a_block_of_zeros_has_the_code_of_zero_everywhere(opened, explorables):
     data = explorables["block"].data | {"weights": [0.0] * 16}
     page = opened(explore.Explorable("block", data, "zeros").page)

@@ -55,8 +55,11 @@ function parts(say) {
       "aria-valuemin": -END, "aria-valuemax": END,
       keydown: (event) => press(event, i), focus: () => choose(i), pointerdown: (event) => grab(event, i),
     }, el("span", { class: "dot" }));
-    const track = el("div", { class: "track", pointerdown: (event) => event.pointerType === "mouse" && grab(event, i) },
-      plot, el("span", { class: "back" }), handle);
+    // A mouse takes the weight from anywhere in its column. A finger drags by the handle, so that the page still scrolls
+    // elsewhere, and taps where the weight shall go.
+    const track = el("div", {
+      class: "track", pointerdown: (event) => event.pointerType === "mouse" && grab(event, i), click: (event) => tap(event, i),
+    }, plot, el("span", { class: "back" }), handle);
     const cells = { value: el("span", { class: "value" }), code: el("span", { class: "code", "data-code": i }) };
     return { node: el("div", { class: "column" }, cells.value, track, cells.code), handle, track, plot, ...cells };
   }
@@ -112,6 +115,13 @@ function parts(say) {
     addEventListener("pointerup", stop);
     addEventListener("pointercancel", stop);
     if (!slip && event.currentTarget === track) move(event);
+  }
+
+  function tap(event, i) {
+    const { track, handle } = columns[i];
+    if (event.pointerType === "mouse" || handle.contains(event.target)) return;
+    const box = track.getBoundingClientRect();
+    set(i, fromShare((event.clientY - box.top) / box.height));
   }
 
   function lines(i) {

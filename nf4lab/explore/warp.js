@@ -67,7 +67,7 @@ function parts(say) {
   const note = el("p", { class: "note" });
   const code = el("code"), doing = el("span");
   const line = el("p", { class: "line" }, code, doing);
-  const out = readouts({ now: "this instruction", share: "of the bytes moved, wanted", requests: "requests to memory", sectors: "sectors of 32 bytes" });
+  const out = readouts({ now: "this instruction", share: "bytes wanted", requests: "requests to memory", sectors: "sectors of 32 bytes" });
   const plot = chart("", (w) => height(w), draw);
   const caption = el("figcaption");
 
