@@ -25,6 +25,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 20 * 2**20  # of a notebook
+PARTS = {"unreadable": 0, "cell": 0, "ran": 0, "question": 1, "public": 1, "done": 2}  # of what is told, and its phase
 MOST_LINES_BYTES = 2**20  # of what a submission's process may tell
 
 
@@ -318,9 +319,9 @@ def in_order(told: list[dict]) -> bool:
     """Whether the lines came as run_submission.py writes them: cells, public checks, hidden checks, each line once."""
     phase, seen = 0, set()
     for line in told:
-        part = next((name for name in ("cell", "ran", "question", "public", "done") if name in line), None)
+        part = next((name for name in PARTS if name in line), None)
         key = (part, line.get("cell"), line.get("question"), line.get("check"), line.get("hidden"))
-        expected = {None: None, "cell": 0, "ran": 0, "public": 1, "done": 2}.get(part, 2 if line.get("hidden") else 1)
+        expected = PARTS.get(part) if part != "question" else 2 if line.get("hidden") else 1
         if part and (expected != phase or key in seen or (part == "question" and not _is_check(line))):
             return False
         seen.add(key)
@@ -338,13 +339,14 @@ def outcome(told: list[dict], ended: str, errors: list[str]) -> str:
     if unreadable:
         return f"unreadable: {unreadable}"
     if ended:
-        return "; ".join([ended, *(line["broken"] for line in told if "broken" in line)])
+        return ended
     return f"graded; {len(errors)} cell{'s' * (len(errors) > 1)} failed" if errors else "graded"
 
 
 def notes(told: list[dict]) -> list[str]:
     """What an instructor should look at."""
-    found = [f"tried to {line['refused']}" for line in told if "refused" in line]
+    found = [f"broke off: {line['broken']}" for line in told if "broken" in line]
+    found += [f"tried to {line['refused']}" for line in told if "refused" in line]
     found += [f"replaced {name}" for line in told for name in line.get("replaced", [])]
     found += [f"uses {name}: read the notebook" for line in told for name in line.get("suspect", [])]
     return found + [f"defines {name} twice: the last one counts" for line in told for name in line.get("twice", [])]

@@ -34,12 +34,13 @@ def write_table(rows: list[dict], target: Path) -> None:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{student}: {lab}</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
+<style>:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ white-space: pre-wrap; background: #f3f3f3; color: #111; padding: .6rem; border-left: 4px solid #d55e00 }}
 h2 {{ margin-bottom: 0 }}</style></head>
-<body><h1>{lab}: {score} of {possible} points</h1><p>{student}. {outcome}.</p>
+<body><h1>{lab}: {score} of {possible} points</h1><p>{student}: {outcome}.</p>
 {body}
-<p>Checks that were not shown in the notebook test the same functions with other data.</p></body></html>
+</body></html>
 """
 
 
@@ -51,18 +52,18 @@ def page(row: dict, lab: str) -> str:
     for question, score in row["questions"].items():
         checks = [check for check in row["checks"] if check["question"] == question]
         possible = sum(check["points"] for check in checks)
-        parts.append(f"<h2>{question}: {number(score)} of {number(possible)}</h2>")
+        parts.append(f"<h2>Question {question[1:]}: {number(score)} of {number(possible)}</h2>")
         for check in checks:
             if not check["hidden"]:
                 message = "" if check["passed"] else f"<pre>{html.escape(check['message'])}</pre>"
-                verdict = "passed" if check["passed"] else "not passed"
+                verdict = "passed" if check["passed"] else "did not pass"
                 parts.append(f"<p>The check in the notebook {verdict}.</p>{message}")
         unseen = [check for check in checks if check["hidden"]]
         passed = sum(check["passed"] for check in unseen)
-        parts.append(f"<p>With other data: {passed} of {len(unseen)} checks passed.</p>")
+        parts.append(f"<p>Checks with other data that passed: {passed} of {len(unseen)}.</p>")
     words = {key: html.escape(str(row[key])) for key in ("student", "outcome")}
     points = {key: number(row[key]) for key in ("score", "possible")}
-    return PAGE.format(lab=html.escape(lab), body="\n".join(parts), **words, **points)
+    return PAGE.format(lab=html.escape(lab.replace("lab", "Lab ")), body="\n".join(parts), **words, **points)
 
 
 def write_all(rows: list[dict], target: Path, lab: str) -> None:

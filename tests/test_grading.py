@@ -100,6 +100,18 @@ def test_a_students_page_shows_no_hidden_check(batch, job, tmp_path):
     assert len(report) == len(pages)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [{"cell": 1, "error": "SECRET"}, {"unreadable": "SECRET"}, {"broken": "SECRET"}, {"refused": "SECRET"},
+     {"question": "q1", "check": 0, "hidden": False, "passed": False, "message": "SECRET"},
+     {"question": "q1", "check": 1, "hidden": True, "passed": False, "message": "SECRET"}],
+)  # fmt: skip
+def test_what_a_process_tells_once_it_has_the_hidden_checks_is_on_no_students_page(job, line):
+    told = [{"layers": ["limits"]}, {"loaded": True}, {"ran": True}, {"public": True}, line]
+    row = grading.evaluate(told, "", job) | {"student": "ada"}
+    assert "SECRET" not in tables.page(row, "lab1")
+
+
 def test_otter_itself_gives_the_same_points(job, tmp_path):
     otter_api = pytest.importorskip("otter.api")
     grader = tmp_path / "lab1.zip"
