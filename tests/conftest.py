@@ -72,7 +72,8 @@ def open_page(browser, address):
     pages = []
 
     def open_one(name, width=1440, theme="light"):
-        page, notes = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme), []
+        view = {"viewport": {"width": width, "height": 900}, "color_scheme": theme, "reduced_motion": "reduce"}
+        page, notes = browser.new_page(**view), []
         pages.append(page)
 
         def near_only(route):

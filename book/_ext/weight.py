@@ -20,7 +20,8 @@ from sphinx.util.logging import getLogger
 
 logger = getLogger(__name__)
 logging.getLogger("fontTools.subset").setLevel(logging.WARNING)  # it tells what it does, glyph by glyph
-MATHJAX = ("core", "input/tex", "output/chtml", "output/chtml/fonts/tex.js", "a11y/assistive-mml")
+MATHJAX = ("core", "input/tex", "output/chtml", "a11y/assistive-mml")
+MATHJAX_FONT = "output/chtml/fonts/tex"  # output/chtml asks for it itself, when it is ready
 FIRST = "documentation_options.js"  # the one script that an inline script after it needs at once
 COLOURS = 256
 CLASS = re.compile(r"\.(-?[A-Za-z_][\w-]*)")
@@ -146,7 +147,7 @@ def slim_mathjax(folder: Path) -> None:
     """The parts that pages load, and the extensions of TeX that formulas may ask for."""
     if not folder.exists():
         return
-    kept = {folder / (part if part.endswith(".js") else f"{part}.js") for part in ("startup", *MATHJAX)}
+    kept = {folder / f"{part}.js" for part in ("startup", *MATHJAX, MATHJAX_FONT)}
     for path in list(folder.rglob("*")):
         extension = path.is_relative_to(folder / "input" / "tex" / "extensions")
         font = path.suffix == ".woff"
