@@ -92,6 +92,19 @@ def errors(text: str) -> list[tuple[str, str]]:
     return [(name, condition.rstrip(" .;,")) for name, condition in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
+def paragraphs(lines: list[str], arguments: set[str]) -> list[list[str]]:
+    """The docstring's paragraphs, each as its lines; prose that goes over into an argument's line is cut there."""
+    found = []
+    for paragraph in "\n".join(lines).strip("\n").split("\n\n"):
+        rows = paragraph.split("\n")
+        labels = [
+            i for i, row in enumerate(rows) if (label := LABEL.match(row)) and label[1].split(", ")[0] in arguments
+        ]
+        cut = labels[0] if labels else 0
+        found += [rows[:cut], rows[cut:]] if cut else [rows]
+    return found
+
+
 def restructure(lines: list[str], arguments: set[str], title: str, module) -> list[str]:
     """The docstring's lines as reStructuredText; names among `arguments` go under `title`, others into a list."""
 
@@ -99,10 +112,9 @@ def restructure(lines: list[str], arguments: set[str], title: str, module) -> li
         return [(name, to_rst(text, module)) for name, text in items]
 
     out: list[str] = []
-    for paragraph in "\n".join(lines).strip("\n").split("\n\n"):
-        rows = paragraph.split("\n")
+    for rows in paragraphs(lines, arguments):
         text, _, source = " ".join(row.strip() for row in rows).partition("Source: ")
-        if paragraph.startswith(">>>"):
+        if text.startswith(">>>"):
             out += [*rows, ""]
             continue
         if items := table(rows):
