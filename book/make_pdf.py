@@ -1,8 +1,8 @@
 """Print the built book as one PDF, _build/html/nf4lab.pdf: `python book/make_pdf.py`, after `make book`.
 
 The pages' articles, in reading order, become one document with a title page and a table of contents, which Chromium
-prints with its own page numbers, outline and tags for screen readers. What is folded on a page is open on paper. It is
-printed twice: the second time, the contents know the page numbers of the first.
+prints with its own page numbers, outline and tags for screen readers. Answers and solutions are open on paper; code
+that only plots is left out. It is printed twice: the second time, the contents know the page numbers of the first.
 """
 
 import datetime
@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE, PRINT_STYLE = ROOT / "_build" / "html", ROOT / "book" / "print.css"
 PDF = SITE / "nf4lab.pdf"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-MATHJAX = {"loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]}}
+MATHJAX = {
+    "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
+    "options": {"processHtmlClass": "math"},
+}
 FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
 
 
@@ -45,7 +48,7 @@ def place(page: str, anchor: str = "") -> str:
 def article(page: str, pages: set[str]) -> BeautifulSoup:
     """A page's article, its ids and links made to fit the one document."""
     soup = BeautifulSoup((SITE / f"{page}.html").read_text(), "html.parser").find("article")
-    for tag in soup.select(".headerlink, .copybtn, .viewcode-link"):
+    for tag in soup.select(".headerlink, .copybtn, .viewcode-link, .tag_hide-input details.hide"):
         tag.decompose()
     for tag in soup.find_all(id=True):
         tag["id"] = place(page, tag["id"])
