@@ -2,9 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks labs grade students bench home clean
-.PHONY: help book test lint notebooks labs grade bench home clean
-.PHONY: help book pdf test lint notebooks bench home clean
+.PHONY: help book pdf test lint notebooks labs grade students bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
