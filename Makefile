@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help book test lint notebooks labs grade students bench home clean
+.PHONY: help book pdf test lint notebooks labs grade students bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 book: $(BIN)/ready ## build the book, every page run anew
 	$(BIN)/jupyter-book build . -W --keep-going
+	$(BIN)/python book/make_pdf.py
 	@echo "open $(CURDIR)/_build/html/index.html"
+
+pdf: $(BIN)/ready ## the built book as one PDF, for which it needs a Chromium
+	$(BIN)/python book/make_pdf.py
 
 test: book lint ## build the book, check style, run every test
 	$(BIN)/python -m pytest

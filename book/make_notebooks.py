@@ -39,7 +39,7 @@ def chapters() -> list[Path]:
     """The pages that have code to run, in reading order."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     files = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
-    pages = [ROOT / f"{file}.md" for file in files]
+    pages = [page for file in files if (page := ROOT / f"{file}.md").exists()]  # the API page is reStructuredText
     return [page for page in pages if "```{code-cell}" in page.read_text()]
 
 

@@ -1,6 +1,11 @@
-"""What every test shares: one hypothesis profile, and a quiet bitsandbytes."""
+"""What every test shares: one hypothesis profile, a quiet bitsandbytes, and a browser to read the built book in."""
 
+import functools
+import http.server
 import logging
+import shutil
+import threading
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,3 +22,78 @@ def bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     with torch_dynamo.config.patch(disable=True):
         yield functional
+
+
+SITE = Path(__file__).resolve().parents[1] / "_build" / "html"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def address():
+    """The built book, served on this machine."""
+    if not SITE.exists():
+        pytest.skip("the book is not built: run `make book`")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium without a window."""
+    if not shutil.which("chromium"):
+        pytest.skip("no Chromium: install Debian's package `chromium`")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """A function from (name, width, theme) to the page, ready, and a list of what went wrong.
+
+    That is: script errors, what is missing, and requests that leave the book, all of which are refused. Folds are
+    open, so that what they hide is looked at too.
+    """
+    pages = []
+
+    def open_one(name, width=1440, theme="light"):
+        view = {"viewport": {"width": width, "height": 900}, "color_scheme": theme, "reduced_motion": "reduce"}
+        page, notes = browser.new_page(**view), []
+        pages.append(page)
+
+        def near_only(route):
+            near = route.request.url.startswith((address, "data:", "blob:"))
+            if not near:
+                notes.append("far: " + route.request.url)
+            route.continue_() if near else route.abort()
+
+        page.route("**/*", near_only)
+        page.on("console", lambda event: notes.append("console: " + event.text) if event.type == "error" else None)
+        page.on("pageerror", lambda error: notes.append(f"script: {error}"))
+        page.on("response", lambda answer: notes.append(f"{answer.status}: {answer.url}") if not answer.ok else None)
+        page.goto(address + name)
+        page.wait_for_function("!document.querySelector('main .math') || document.querySelector('main mjx-container')")
+        page.evaluate("document.querySelectorAll('main details').forEach(fold => fold.open = true)")
+        page.evaluate("document.querySelectorAll('main img').forEach(image => image.scrollIntoView())")
+        page.wait_for_function("[...document.querySelectorAll('main img')].every(image => image.complete)")
+        page.evaluate("document.fonts.ready.then(() => true)")
+        return page, notes
+
+    yield open_one
+    for page in pages:
+        page.close()

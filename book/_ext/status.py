@@ -1,0 +1,145 @@
+"""The page that says what built this book: `{build-status}` becomes tables of the machine, the versions, the runs.
+
+Everything on it is read during the build. It is for readers who get other numbers, and ask what was different.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import posixpath
+import subprocess
+from pathlib import Path
+
+from docutils import nodes
+from myst_nb.sphinx_ import NbMetadataCollector
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxDirective
+
+PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "numba", "numba-cuda", "safetensors", "bitsandbytes",
+            "jupyter-book", "Sphinx", "sphinx-book-theme")  # fmt: skip
+
+
+class RunsNode(nodes.General, nodes.Element):
+    """Stands where the table of runs goes, until every page has run."""
+
+
+class BuildStatus(SphinxDirective):
+    """Three tables: where and when, with which versions, and how long each page ran."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        where = list(machine(Path(self.env.srcdir)).items())
+        return [table(("what", "found"), where), table(("package", "version"), versions()), RunsNode()]
+
+
+def machine(root: Path) -> dict[str, str]:
+    """What the build ran on."""
+    import torch
+
+    stamp = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.fromtimestamp(int(stamp), datetime.UTC) if stamp else datetime.datetime.now(datetime.UTC)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: pages that want one say so"
+    return {
+        "built": f"{now:%Y-%m-%d %H:%M} UTC",
+        "from commit": commit(root),
+        "processor": f"{processor()}, {len(os.sched_getaffinity(0))} logical cores to use"
+        if hasattr(os, "sched_getaffinity")
+        else f"{processor()}, {os.cpu_count()} logical cores",
+        "GPU": gpu,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def commit(root: Path) -> str:
+    """The commit that the folder holds, or that there is none to name."""
+    say = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(say, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known: built outside git"
+
+
+def processor() -> str:
+    """The processor's own name for itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version of the packages that shape the numbers and the pages; one that is not installed says so."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((name, "not installed"))
+    return found
+
+
+def table(head: tuple[str, ...], rows: list[tuple]) -> nodes.table:
+    """A table; a cell is text or a node."""
+    made = nodes.table("", classes=["colwidths-auto"])
+    group = nodes.tgroup(cols=len(head))
+    group += [nodes.colspec(colwidth=100 // len(head)) for _ in head]
+    group += nodes.thead("", _row(head))
+    group += nodes.tbody("", *(_row(row) for row in rows))
+    made += group
+    return made
+
+
+def _row(cells: tuple) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", c if isinstance(c, nodes.Node) else nodes.paragraph(text=c)) for c in cells))
+
+
+class ShowRuns(SphinxPostTransform):
+    """When all pages have run, the table of their times."""
+
+    default_priority = 8  # before references are resolved
+
+    def run(self, **kwargs) -> None:
+        for node in list(self.document.findall(RunsNode)):
+            node.replace_self(self.runs())
+
+    def runs(self) -> nodes.Node:
+        """A row a page, in reading order, and their sum."""
+        data = {name: page.get("exec_data") for name, page in NbMetadataCollector.get_doc_data(self.env).items()}
+        ran = {name: run for name, run in data.items() if run and run["runtime"] is not None}
+        if not ran:
+            return nodes.paragraph(text="In this build no page was run.")
+        rows = [
+            (self.link(name), f"{run['runtime']:.1f}", "ran to the end" if run["succeeded"] else "stopped at an error")
+            for name, run in sorted(ran.items(), key=lambda item: (item[0] != self.config.root_doc, item[0]))
+        ]
+        total = sum(run["runtime"] for run in ran.values())
+        return table(("page", "seconds", "result"), [*rows, ("all pages", f"{total:.1f}", "")])
+
+    def link(self, name: str) -> nodes.paragraph:
+        here = self.env.docname
+        target = posixpath.relpath(name, posixpath.dirname(here))
+        return nodes.paragraph(
+            "",
+            "",
+            pending_xref(
+                "",
+                nodes.inline(text=self.env.titles[name].astext()),
+                refdoc=here,
+                reftarget=target,
+                reftype="doc",
+                refdomain="std",
+                refexplicit=True,
+                refwarn=True,
+            ),
+        )
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_node(RunsNode)
+    app.add_directive("build-status", BuildStatus)
+    app.add_post_transform(ShowRuns)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

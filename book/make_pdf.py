@@ -1,0 +1,158 @@
+"""Print the built book as one PDF, _build/html/nf4lab.pdf: `python book/make_pdf.py`, after `make book`.
+
+The pages' articles, in reading order, become one document with a title page and a table of contents, which Chromium
+prints with its own page numbers, outline and tags for screen readers. Answers and solutions are open on paper; code
+that only plots is left out. It is printed twice: the second time, the contents know the page numbers of the first.
+"""
+
+import datetime
+import functools
+import http.server
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urljoin
+
+import yaml
+from bs4 import BeautifulSoup
+
+import nf4lab
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE, PRINT_STYLE = ROOT / "_build" / "html", ROOT / "book" / "print.css"
+PDF = SITE / "nf4lab.pdf"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+MATHJAX = {
+    "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
+    "options": {"processHtmlClass": "math"},
+}
+FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
+
+
+def contents() -> list[tuple[str, list[str]]]:
+    """[(part, its pages)], the landing page first, as _toc.yml has them."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    parts = [(part["caption"], [entry["file"] for entry in part["chapters"]]) for part in toc["parts"]]
+    return [("", [toc["root"]]), *parts]
+
+
+def place(page: str, anchor: str = "") -> str:
+    """The id, in the one document, of a page or of a place on it."""
+    slug = re.sub(r"\W+", "-", page)
+    return f"{slug}--{anchor}" if anchor else slug
+
+
+def article(page: str, pages: set[str]) -> BeautifulSoup:
+    """A page's article, its ids and links made to fit the one document."""
+    soup = BeautifulSoup((SITE / f"{page}.html").read_text(), "html.parser").find("article")
+    for tag in soup.select(".headerlink, .copybtn, .viewcode-link, .tag_hide-input details.hide"):
+        tag.decompose()
+    for tag in soup.find_all(id=True):
+        tag["id"] = place(page, tag["id"])
+    for tag in soup.find_all("details"):
+        tag["open"] = ""
+    for tag in soup.find_all(href=True):
+        tag["href"] = inside(page, tag["href"], pages)
+    for tag in soup.find_all(src=True):
+        tag["src"] = urljoin(f"{page}.html", tag["src"])
+    soup.name, soup["id"] = "section", place(page)
+    return soup
+
+
+def inside(page: str, href: str, pages: set[str]) -> str:
+    """A link, to its place in the document where the document has it."""
+    target, _, anchor = urljoin(f"{page}.html", href).partition("#")
+    name = target.removesuffix(".html")
+    return f"#{place(name, anchor)}" if name in pages else href
+
+
+def document(numbers: dict[str, int]) -> str:
+    """The whole book as HTML; the contents name the page numbers that are known."""
+    parts = contents()
+    pages = {page for _, chapters in parts for page in chapters}
+    articles = {page: article(page, pages) for _, chapters in parts for page in chapters}
+    titles = {page: found.find("h1").get_text().strip() for page, found in articles.items()}
+    lines = []
+    for part, chapters in parts[1:]:
+        rows = "".join(row(page, titles[page], numbers) for page in chapters)
+        lines.append(f"<h2>{part}</h2><ul>{rows}</ul>")
+    body = "".join(str(found) for found in articles.values())
+    return (
+        f"<!DOCTYPE html><html lang=en data-theme=light><head><meta charset=utf-8><title>4-bit NormalFloat</title>"
+        f"<link rel=stylesheet href=_static/pygments.css><style>{PRINT_STYLE.read_text()}</style>"
+        f"<script>window.MathJax = {MATHJAX}</script><script defer src=_static/mathjax/startup.js></script></head>"
+        f"<body><header><h1>4-bit NormalFloat</h1><p>The nf4lab authors</p>"
+        f"<p>Version {nf4lab.__version__}, {today()}</p>"
+        f"<p class=licence>Text under CC BY 4.0, code under Apache 2.0</p></header>"
+        f"<nav><h1>Contents</h1>{''.join(lines)}</nav><main>{body}</main></body></html>"
+    )
+
+
+def row(page: str, title: str, numbers: dict[str, int]) -> str:
+    """A line of the contents."""
+    number = numbers.get(place(page), "")
+    return f"<li><a href='#{place(page)}'><span>{title}</span><span>{number}</span></a></li>"
+
+
+def today() -> str:
+    """The date of the build; SOURCE_DATE_EPOCH sets it."""
+    stamp = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.fromtimestamp(int(stamp), datetime.UTC) if stamp else datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y-%m-%d}"
+
+
+def page_numbers(pdf: bytes) -> dict[str, int]:
+    """{id: page, from 1} of the document's named places, read from the PDF as Chromium writes it."""
+    kids = re.findall(rb"/Type /Pages\b.*?/Kids \[([^\]]*)\]", pdf, re.DOTALL)
+    leaves = {int(found) for found in re.findall(rb"(\d+) 0 obj\s*<</Type /Page\s", pdf)}
+    order = sorted({int(n) for group in kids for n in re.findall(rb"(\d+) 0 R", group)} & leaves)
+    places = re.findall(rb"/([\w.#-]+) \[(\d+) 0 R\s*/XYZ", pdf)
+    return {name.decode(): order.index(int(number)) + 1 for name, number in places if int(number) in order}
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def print_pdf(html_of) -> bytes:
+    """The PDF of html_of(page numbers), printed twice."""
+    from playwright.sync_api import sync_playwright
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, pdf = f"http://127.0.0.1:{server.server_port}/whole-book.html", b""
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        for _ in range(2):
+            page, html = browser.new_page(), html_of(page_numbers(pdf))
+            page.route(
+                "**/whole-book.html", lambda route, _, html=html: route.fulfill(body=html, content_type="text/html")
+            )
+            page.goto(address)
+            page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
+            pdf = page.pdf(
+                format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
+                header_template="<span></span>", footer_template=FOOTER,
+                margin={"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
+            )  # fmt: skip
+            page.close()
+        browser.close()
+    server.shutdown()
+    return pdf
+
+
+def main() -> int:
+    if not shutil.which("chromium"):
+        print("no Chromium here (Debian's package `chromium`), so no PDF")
+        return 0
+    PDF.write_bytes(print_pdf(document))
+    print(f"{PDF.relative_to(ROOT)}: {PDF.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The frame of the book: what its extensions make of docstrings, assets and the build itself."""
+
+import importlib
+import importlib.metadata
+import io
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import nf4lab
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "_build" / "html"
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+docstrings, outside, status, weight = (
+    pytest.importorskip(name) for name in ("docstrings", "outside", "status", "weight")
+)
+built = pytest.mark.skipif(not SITE.exists(), reason="the book is not built: run `make book`")
+
+
+def restructured(text, arguments=()):
+    return docstrings.restructure(text.split("\n"), set(arguments), "Args", nf4lab.blockwise)
+
+
+def test_prose_shows_as_it_is_written():
+    assert restructured("2**bits and x_hat, a_ too.") == [r"2\*\*bits and x_hat, a\_ too.", ""]
+
+
+def test_arguments_and_errors_become_sections():
+    text = "What it does.\nformat, n: how. dtype: which.\n\nRaises TypeError for x, ValueError where y. Source: Z."
+    assert restructured(text, ["format", "n", "dtype"]) == [
+        "What it does.", "", "Args:", "    format: how.", "    n: how.", "    dtype: which.", "",
+        "Raises:", "    TypeError: for x", "    ValueError: where y", "", "**Source:** Z.", "",
+    ]  # fmt: skip
+
+
+def test_a_name_of_the_package_becomes_a_link_and_any_other_is_code():
+    (line, _) = restructured("See `nf4lab.dequantize`, `Format` and `n_blocks`.")
+    assert ":py:obj:`nf4lab.dequantize <nf4lab.blockwise.dequantize>`" in line
+    assert ":py:obj:`Format <nf4lab.formats.Format>`" in line
+    assert "``n_blocks``" in line
+
+
+def test_columns_become_a_list():
+    assert restructured("v1      the first\nload(x)  loads,\n         slowly") == [
+        "- ``v1``: the first", "- ``load(x)``: loads, slowly", "",
+    ]  # fmt: skip
+
+
+def test_every_module_of_the_package_is_on_the_api_page():
+    listed = set(re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.rst").read_text()))
+    modules = {found.name for found in pkgutil.walk_packages(nf4lab.__path__, "nf4lab.")}
+    inside = ("nf4lab.__main__", "nf4lab.commands", "nf4lab.labs", "nf4lab.explore.", "nf4lab.kernels.cuda.")
+    missing = {name for name in modules - listed if not name.startswith(inside)} - {"nf4lab.kernels"}
+    assert not missing, "add `.. automodule:: NAME` to book/api.rst"
+    assert listed <= modules
+
+
+@built
+def test_the_api_page_explains_whatever_the_package_exports():
+    page = (SITE / "book" / "api.html").read_text()
+    for name in nf4lab.__all__:
+        thing = getattr(nf4lab, name)
+        if hasattr(thing, "__qualname__"):
+            assert f'id="{thing.__module__}.{thing.__qualname__}"' in page, name
+
+
+def test_the_inventories_are_what_sphinx_reads():
+    inventory = pytest.importorskip("sphinx.util.inventory").InventoryFile
+    found = outside.projects(outside.LIST.read_text())
+    assert set(found) == {"python", "torch", "numpy", "matplotlib"}
+    head = b"# Sphinx inventory version 2\n# Project: x\n# Version: \n# compressed with zlib\n"
+    packed = head + outside.zlib.compress("\n".join(found["torch"][1]).encode() + b"\n")
+    items = inventory.load(io.BytesIO(packed), "https://x/", lambda base, path: base + path)
+    assert items["py:class"]["torch.Tensor"][2] == "https://x/tensors.html#torch.Tensor"
+
+
+def test_a_rule_for_a_class_that_no_page_has_is_dropped_and_no_other():
+    def kept(css):
+        rules = weight.tinycss2.parse_stylesheet(css, skip_whitespace=True)
+        return "".join(weight._used(rule, {"here"}) for rule in rules)
+
+    assert kept(".here a,.gone a{color:red}") == ".here a{color:red}"
+    assert kept(".gone{color:red}") == ""
+    assert kept("p:not(.gone){color:red}") == "p:not(.gone){color:red}"
+    assert kept("@media print{.gone{color:red}.here{color:blue}}") == "@media print{.here{color:blue}}"
+    assert kept(":root{--x:1}") == ":root{--x:1}"
+
+
+def test_a_figure_with_a_palette_looks_the_same(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    fig, ax = plt.subplots(figsize=(3, 2), dpi=120)
+    ax.plot([0, 1, 0.5], color="#0072b2")
+    ax.hist(np.linspace(-1, 1, 50), color="#d55e00")
+    fig.savefig(tmp_path / "figure.png")
+    plt.close(fig)
+    before = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"), dtype=int)
+    size = (tmp_path / "figure.png").stat().st_size
+    weight.slim_image(tmp_path / "figure.png")
+    after = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"), dtype=int)
+    assert (tmp_path / "figure.png").stat().st_size < size
+    assert np.abs(after - before).max() < 32  # an eighth of the range, at the soft edge of a line
+    assert np.abs(after - before).mean() < 0.5
+
+
+def test_the_status_names_what_is_installed_here():
+    assert dict(status.versions())["numpy"] == importlib.metadata.version("numpy")
+    assert f"Python {sys.version.split()[0]}" in status.machine(ROOT)["system"]
+
+
+@built
+def test_the_status_page_has_the_time_of_every_page_that_ran():
+    page = (SITE / "book" / "status.html").read_text()
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+    ran = [file for file in files if (ROOT / f"{file}.ipynb").exists()]
+    rows = re.findall(r'href="([\w-]+)\.html"[^>]*>.*?</a></p></td>\s*<td><p>([\d.]+)</p></td>', page)
+    assert [f"book/{name}" for name, _ in rows] == ran
+    assert all(float(seconds) > 0 for _, seconds in rows)
+
+
+@built
+@pytest.mark.parametrize("path", sorted((ROOT / "book").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebook_of_a_page_is_in_its_download_menu(path):
+    page = (SITE / "book" / f"{path.stem}.html").read_text()
+    assert f'href="../book/{path.name}"' in page or f'href="{path.name}"' in page
+    assert (SITE / "book" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == nf4lab.__version__
+    assert f"Version {nf4lab.__version__}" in (ROOT / "book" / "citing.md").read_text()
+    assert f"## {nf4lab.__version__}" in (ROOT / "CHANGELOG.md").read_text()
