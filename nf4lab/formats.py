@@ -44,8 +44,9 @@ def power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
 
     A block of zeros has 0. Source: OCP Microscaling Formats 1.0, section 6.3.
     """
-    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=1))  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
-    return torch.ldexp((mantissa > 0).float(), exponent - 1), None
+    absmax = blocks.abs().amax(dim=1)
+    mantissa = torch.frexp(absmax).mantissa  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
+    return torch.where(mantissa > 0, absmax / (2 * mantissa), 0.0), None  # a quotient that float32 holds is exact
 
 
 def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
