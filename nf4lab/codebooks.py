@@ -41,7 +41,7 @@ def split_quantiles(tail: float = TAIL, n_levels: int = 16, density=scipy.stats.
     `tail`, divided by the largest. With 16 levels and the normal this is NF4.
 
     >>> split_quantiles(n_levels=5)
-    tensor([-1.0000, -0.3385,  0.0000,  0.3385,  1.0000])
+    tensor([-1.0000, -0.3379,  0.0000,  0.3379,  1.0000])
 
     Raises ValueError unless 0.5 < tail < 1 and there are 3 levels or more.
     """

@@ -44,8 +44,9 @@ def power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
 
     A block of zeros has 0. Source: OCP Microscaling Formats 1.0, section 6.3.
     """
-    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=1))  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
-    return torch.ldexp((mantissa > 0).float(), exponent - 1), None
+    absmax = blocks.abs().amax(dim=1)
+    mantissa = torch.frexp(absmax).mantissa  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
+    return torch.where(mantissa > 0, absmax / (2 * mantissa), 0.0), None  # a quotient that float32 holds is exact
 
 
 def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,8 @@ class Format:
     normalize: `absmax`, `signed_absmax`, `power_of_two`, `min_max`, `mean_std`, or a function of one's own from blocks
     to (scale, location).
     constants_dtype: the floating-point type that scale and location are rounded to before they are used: to nearest,
-    ties to even; E8M0, which has powers of two only, to the nearest of them. A scale below its least becomes zero.
+    ties to even; E8M0, which has powers of two only, to the nearest, of two as near to the greater. Half the least
+    positive number and less become zero, or that number in E8M0, which has no zero.
     extreme: the level that the normalisation brings a block's extreme to; the scale is divided by it. 1 for most;
     6 for E2M1 in its own units, -8 for Q4_0.
     tensor_scale: whether scales are stored as multiples of one float32 a tensor, made so that the greatest that can

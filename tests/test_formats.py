@@ -354,3 +354,15 @@ def test_a_search_does_not_overflow_in_blocks_as_large_as_float32_allows():
     small, huge = nf4lab.quantize(x, search), nf4lab.quantize(x * 2.0**127, search)
     assert torch.equal(small.packed, huge.packed)
     assert huge.scale.item() == small.scale.item() * 2.0**127
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"])
+def test_constants_are_rounded_as_an_independent_implementation_rounds_them(name):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    format = nf4lab.Format("mine", codebooks.nf4(), constants_dtype=getattr(torch, name))
+    x = torch.exp2(torch.rand(2**16, generator=torch.Generator().manual_seed(7)) * 22 - 14)  # to 256, in every range
+    ties = torch.arange(1, 256) * 0.125 * torch.exp2(torch.arange(255) % 7 - 4.0)
+    x = torch.cat([x, ties, torch.tensor([448.0, 464.0, 2.0**-10, 3 * 2.0**-10, 1.5, 0.75])])
+    x = x if name == "float8_e8m0fnu" else torch.cat([x, -x, torch.zeros(1)])
+    dtype = getattr(ml_dtypes, name, None) or np.float16
+    assert np.array_equal(format.as_stored(x).numpy(), x.numpy().astype(dtype).astype(np.float32))
