@@ -112,6 +112,14 @@ def test_what_a_process_tells_once_it_has_the_hidden_checks_is_on_no_students_pa
     assert "SECRET" not in tables.page(row, "lab1")
 
 
+@pytest.mark.parametrize("line", [{"question": [1]}, {"cell": 1}, {"replaced": 5}, {"ran": True, "hidden": {}}])
+def test_lines_that_make_no_sense_cost_one_row(job, line, monkeypatch):
+    monkeypatch.setattr(grading, "converse", lambda *_: ([{"layers": ["limits"]}, line], "", 0))
+    row = grading.grade_one("ada", b"", job)
+    assert row["score"] == 0 and "SECRET" not in tables.page(row, "lab1")
+    assert set(row) >= {"student", "outcome", "notes", "layers", "peak_mb"}
+
+
 def test_otter_itself_gives_the_same_points(job, tmp_path):
     otter_api = pytest.importorskip("otter.api")
     grader = tmp_path / "lab1.zip"
