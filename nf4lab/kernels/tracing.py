@@ -1,0 +1,440 @@
+"""A numba.cuda kernel run one thread at a time, as plain Python, with a record of what it asks of memory.
+
+    trace        a launch, thread by thread: what each reads and writes, and the mistakes that only a GPU punishes
+    trace_body   the same for a plain function of a thread's number
+    Trace        the record: bytes, requests of warps, sectors of 32 bytes
+    KernelMistake  out of bounds, a race, a barrier that some threads miss, an endless loop, what no GPU compiles
+
+It needs neither a GPU nor the simulator. The kernel's own code runs, so the record says what that code asks for: a
+compiler may merge two reads of one element, but not across a write that might have changed it. Races are found by the
+order that barriers promise, not by luck: two threads that meet at an element, one of them writing, race unless a
+barrier stands between them (as NVIDIA's compute-sanitizer racecheck has it). Two that write the same value don't.
+"""
+
+import dis
+import functools
+import inspect
+import operator
+import sys
+import threading
+import types
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+WARP = 32  # threads whose loads and stores go to memory together
+SECTOR_BYTES = 32  # the least that memory moves
+PATIENCE = 20_000  # accesses after which a thread is taken to be in an endless loop
+DEVICE_ONLY = "is a plain Python function: a kernel can call only what is marked @cuda.jit(device=True)"
+
+
+class KernelMistake(AssertionError):
+    """Something that a GPU would answer with wrong numbers, or not at all. kind: one word; array: where, or None."""
+
+    def __init__(self, kind: str, message: str, array: str | None = None):
+        super().__init__(message)
+        self.kind, self.array = kind, array
+
+
+@dataclass(frozen=True)
+class Access:
+    """One read or write of one element: by whom, at which instruction, and the how-manieth of that thread there."""
+
+    array: str
+    verb: str
+    index: int
+    block: int
+    thread: int
+    instruction: tuple
+    turn: int
+
+
+@dataclass
+class Trace:
+    """What a launch asked of memory. arrays: its arguments by name, as they were left; accesses: in order."""
+
+    blocks: int
+    arrays: dict[str, np.ndarray]
+    accesses: list[Access] = field(default_factory=list)
+
+    def times(self, array: str, verb: str) -> np.ndarray:
+        """How often each element was read (verb "reads") or written ("writes"): int64, the array's length."""
+        indices = [a.index for a in self.accesses if (a.array, a.verb) == (array, verb)]
+        return np.bincount(np.array(indices, dtype=np.int64), minlength=self.arrays[array].size)
+
+    def threads(self, array: str, verb: str, index: int) -> list[tuple[int, int]]:
+        """The (block, thread) of each access to one element, in order."""
+        return [(a.block, a.thread) for a in self.accesses if (a.array, a.verb, a.index) == (array, verb, index)]
+
+    def bytes(self, array: str, verb: str) -> int:
+        """Bytes that the threads asked for, an element counted as often as it was asked for."""
+        return int(self.times(array, verb).sum()) * self.arrays[array].itemsize
+
+    def requests(self, array: str, verb: str) -> list[list[int]]:
+        """The indices that each warp asked for together: one list for each instruction that a warp executed."""
+        together = defaultdict(list)
+        for a in self.accesses:
+            if (a.array, a.verb) == (array, verb):
+                together[a.block, a.thread // WARP, a.instruction, a.turn].append(a.index)
+        return list(together.values())
+
+    def sectors(self, array: str, verb: str) -> int:
+        """Sectors of 32 bytes that the requests touch, summed; the array is taken to begin at a sector."""
+        width = self.arrays[array].itemsize
+        return sum(len({i * width // SECTOR_BYTES for i in request}) for request in self.requests(array, verb))
+
+    def share_used(self, array: str, verb: str) -> float:
+        """Of the bytes in those sectors, the share that the warps asked for: 1.0 is perfectly coalesced."""
+        wanted = sum(len(set(request)) for request in self.requests(array, verb)) * self.arrays[array].itemsize
+        return wanted / (SECTOR_BYTES * self.sectors(array, verb))
+
+    def __str__(self) -> str:
+        lines = ["array                  bytes  requests  sectors   used"]
+        for array in self.arrays:
+            for verb in ("reads", "writes"):
+                if self.times(array, verb).any():
+                    name, n = f"{verb} {array}", len(self.requests(array, verb))
+                    rest = f"{self.sectors(array, verb):8,} {self.share_used(array, verb):6.0%}"
+                    lines.append(f"{name:18s} {self.bytes(array, verb):9,} {n:9,} {rest}")
+        return "\n".join(lines)
+
+
+def trace(kernel: Callable, blocks: int, threads: int, *arguments) -> Trace:
+    """The record of kernel[blocks, threads](*arguments), which leaves its results in the arguments, as a GPU would.
+
+    kernel: marked @cuda.jit, in one dimension. NumPy arrays (1-D) among the arguments are watched, under the names
+    that the kernel gives them. Raises KernelMistake at the first mistake, TypeError where it is no kernel.
+    """
+    if not hasattr(kernel, "py_func"):
+        raise TypeError(f"{getattr(kernel, '__name__', kernel)} is not a kernel: @cuda.jit must stand above it")
+    blocks, threads = _whole(blocks, "blocks"), _whole(threads, "threads")
+    launch = _Launch(blocks, threads, tuple(inspect.signature(kernel.py_func).parameters), arguments)
+    body = _as_python(kernel, launch.cuda, {})
+    return launch.run(lambda: body(*launch.arguments))
+
+
+def trace_body(body: Callable, threads: int, *arguments) -> Trace:
+    """The record of body(0, *arguments), body(1, *arguments), …: the loop that a GPU runs all at once.
+
+    Raises KernelMistake as `trace` does.
+    """
+    launch = _Launch(1, threads, tuple(inspect.signature(body).parameters)[1:], arguments)
+    return launch.run(lambda: body(launch.thread, *launch.arguments))
+
+
+class _Launch:
+    """The threads of a launch, one of which runs at any time, and what they share."""
+
+    def __init__(self, blocks: int, threads: int, names: tuple, arguments: tuple):
+        self.blocks, self.threads, self.block, self.thread, self.phase = blocks, threads, 0, 0, 0
+        arrays = {name: a for name, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)}
+        if len(names) != len(arguments):
+            raise TypeError(f"the kernel must take {len(arguments)} arguments; it has {', '.join(names) or 'none'}")
+        self.trace, self.turns, self.patience = Trace(blocks, arrays), Counter(), Counter()
+        self.arguments = [_Watched(n, a, self) if n in arrays else a for n, a in zip(names, arguments, strict=True)]
+        self.shared: dict[tuple, _Watched] = {}
+        self.cuda = _Cuda(self)
+
+    def run(self, body: Callable) -> Trace:
+        with np.errstate(all="ignore"):
+            for self.block in range(self.blocks):
+                self.phase, self.shared = 0, {}
+                self._run_block([_Thread(body, thread) for thread in range(self.threads)])
+                for array in self.shared.values():
+                    array.check_unwritten_reads()
+        return self.trace
+
+    def _run_block(self, running: list) -> None:
+        """Each thread up to its next barrier, one after the other, until all have ended."""
+        try:
+            while running:
+                for self.current in running:
+                    self.thread = self.current.number
+                    self.current.advance()
+                barriers = {thread.barrier for thread in running}
+                if len(barriers) > 1:
+                    raise self._missed_barrier(running)
+                running = [thread for thread in running if thread.barrier]
+                self.phase += 1
+        finally:
+            for thread in running:
+                thread.abandon()
+
+    def _missed_barrier(self, running: list) -> KernelMistake:
+        waiting = next(thread for thread in running if thread.barrier)
+        other = next(thread for thread in running if thread.barrier != waiting.barrier)
+        what = "waits at another one" if other.barrier else "has ended without reaching it"
+        return KernelMistake(
+            "barrier",
+            f"in block {self.block}, thread {waiting.number} waits at cuda.syncthreads() and thread {other.number} {what}. "
+            "A barrier must be reached by every thread of the block: keep it out of any `if`, and put it before a "
+            "thread returns.",
+        )  # fmt: skip
+
+    def who(self, block: int, thread: int) -> str:
+        return f"thread {thread}" + (f" of block {block}" if self.blocks > 1 else "")
+
+    def record(self, array: "_Watched", verb: str, index: int, frame) -> None:
+        self.patience[self.block, self.thread] += 1
+        if self.patience[self.block, self.thread] > PATIENCE:
+            me = self.who(self.block, self.thread)
+            raise KernelMistake("endless", f"{me} has used memory {PATIENCE:,} times: does its loop ever end?")
+        if not array.is_shared:
+            instruction = _place(frame)
+            key = (self.block, self.thread, verb, instruction)
+            self.trace.accesses.append(
+                Access(array.name, verb, index, self.block, self.thread, instruction, self.turns[key])
+            )
+            self.turns[key] += 1
+
+
+class _Thread(threading.Thread):
+    """One thread of the kernel; it runs only between `advance` and its next barrier or its end."""
+
+    def __init__(self, body: Callable, number: int):
+        super().__init__(daemon=True)
+        self.body, self.number, self.barrier, self.error, self.abandoned = body, number, None, None, False
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        try:
+            self.body()
+        except BaseException as error:
+            self.error = error
+        self.barrier = None
+        self.done.release()
+
+    def advance(self) -> None:
+        self.go.release() if self.barrier else self.start()
+        self.done.acquire()
+        if self.error:
+            raise self.error
+
+    def wait(self, barrier: tuple) -> None:
+        self.barrier = barrier
+        self.done.release()
+        self.go.acquire()
+        if self.abandoned:
+            raise SystemExit
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        self.go.release()
+
+
+class _Watched:
+    """An array that knows who reads and writes it. Indexed by one whole number, from 0 to its length less 1."""
+
+    ndim = 1
+
+    def __init__(self, name: str, array: np.ndarray, launch: _Launch, is_shared: bool = False):
+        if array.ndim != 1:
+            raise TypeError(f"{name} must be 1-D; got shape {array.shape}")
+        self.name, self.array, self.launch, self.is_shared = name, array, launch, is_shared
+        self.size, self.shape, self.dtype = array.size, array.shape, array.dtype
+        self.written = np.zeros(array.size, dtype=bool)
+        self.writers, self.readers = defaultdict(dict), defaultdict(dict)  # index -> {(block, thread): (phase, …)}
+        self.read_unwritten: dict[int, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index):
+        index, me = self._index(index, "reads"), (self.launch.block, self.launch.thread)
+        self.launch.record(self, "reads", index, sys._getframe(1))
+        if me not in self.writers[index]:
+            for other, _ in self._unordered(self.writers[index], me):
+                raise self._race(index, other, me, "reads")
+        self.readers[index][me] = (self.launch.phase,)
+        if self.is_shared and not self.written[index]:
+            self.read_unwritten.setdefault(index, me)
+        return self.array[index]
+
+    def __setitem__(self, index, value) -> None:
+        index, me = self._index(index, "writes"), (self.launch.block, self.launch.thread)
+        self.launch.record(self, "writes", index, sys._getframe(1))
+        value = self._as_stored(index, value)
+        self._check_write(index, me, value, atomic=False)
+        self._write(index, me, value, atomic=False)
+
+    def update(self, index, value, rule: Callable):
+        """An atomic read and write, for which order does not matter; returns what was there."""
+        index, me = self._index(index, "writes"), (self.launch.block, self.launch.thread)
+        self.launch.record(self, "writes", index, sys._getframe(2))
+        old, value = self.array[index], self._as_stored(index, rule(self.array[index], value))
+        self._check_write(index, me, value, atomic=True)
+        self._write(index, me, value, atomic=True)
+        return old
+
+    def check_unwritten_reads(self) -> None:
+        for index, (block, thread) in self.read_unwritten.items():
+            if not self.written[index]:
+                who = self.launch.who(block, thread)
+                text = f"{who} reads {self.name}[{index}], which no thread has written: shared memory starts as noise"
+                raise KernelMistake("unwritten", text, self.name)
+
+    def _index(self, index, verb: str) -> int:
+        try:
+            i = operator.index(index)
+        except TypeError:
+            got = f"{index!r} ({type(index).__name__})"
+            raise KernelMistake("index", f"{self.name}[…] takes one whole number; got {got}", self.name) from None
+        if 0 <= i < self.size:
+            return i
+        raise KernelMistake(
+            "bounds",
+            f"{self.launch.who(self.launch.block, self.launch.thread)} {verb} {self.name}[{i}], but {self.name} has "
+            f"{self.size} elements, 0 to {self.size - 1}. A GPU raises no IndexError: it {verb} whatever lies there.",
+            self.name,
+        )  # fmt: skip
+
+    def _as_stored(self, index: int, value):
+        try:
+            return self.array.dtype.type(value)
+        except OverflowError:
+            limit = np.iinfo(self.dtype).max
+            text = f"{self.name}[{index}] is {self.dtype} and holds 0 to {limit}; it is given {value}"
+            raise KernelMistake("overflow", text, self.name) from None
+
+    def _unordered(self, entries: dict, me: tuple) -> Iterator[tuple]:
+        """Those of other threads that no barrier separates from this one, here and now."""
+        for other, entry in entries.items():
+            if other != me and (other[0] != me[0] or entry[0] == self.launch.phase):
+                yield other, entry
+
+    def _check_write(self, index: int, me: tuple, value, atomic: bool) -> None:
+        for other, (_, theirs, was_atomic) in self._unordered(self.writers[index], me):
+            if not (atomic and was_atomic) and not _same(theirs, value):
+                raise self._race(index, other, me, "writes")
+        if not atomic and not _same(self.array[index], value):
+            for other, _ in self._unordered(self.readers[index], me):
+                raise self._race(index, me, other, "reads")
+
+    def _write(self, index: int, me: tuple, value, atomic: bool) -> None:
+        self.array[index] = value
+        self.written[index] = True
+        self.writers[index][me] = (self.launch.phase, value, atomic)
+
+    def _race(self, index: int, writer: tuple, other: tuple, verb: str) -> KernelMistake:
+        a, b, what = self.launch.who(*writer), self.launch.who(*other), f"{self.name}[{index}]"
+        if verb == "writes":
+            text = f"{a} and {b} both write {what}, and nothing says whose value stays"
+        else:
+            text = f"{a} writes {what} and {b} reads it, and nothing says which comes first"
+        remedy = "no cuda.syncthreads() stands between" if writer[0] == other[0] else "no barrier joins two blocks"
+        return KernelMistake("race", f"a race: {text}: {remedy}.", self.name)
+
+
+class _Cuda:
+    """The part of numba.cuda that a traced kernel may use; anything else is refused by name."""
+
+    warpsize = WARP
+
+    def __init__(self, launch: _Launch):
+        self._launch = launch
+        self.shared = types.SimpleNamespace(array=self._shared_array)
+        self.local = types.SimpleNamespace(array=lambda shape, dtype: _noise(shape, dtype))
+        self.atomic = types.SimpleNamespace(
+            max=lambda a, i, v: a.update(i, v, max),
+            min=lambda a, i, v: a.update(i, v, min),
+            add=lambda a, i, v: a.update(i, v, operator.add),
+        )
+
+    def __getattr__(self, name: str):
+        known = "threadIdx, blockIdx, blockDim, gridDim, grid, gridsize, syncthreads, shared, local, atomic"
+        raise KernelMistake("unknown", f"cuda.{name} is not among what can be traced: {known}")
+
+    threadIdx = property(lambda self: _Three(self._launch.thread))
+    blockIdx = property(lambda self: _Three(self._launch.block))
+    blockDim = property(lambda self: _Three(_FromLaunch(self._launch.threads), 1))
+    gridDim = property(lambda self: _Three(_FromLaunch(self._launch.blocks), 1))
+    laneid = property(lambda self: self._launch.thread % WARP)
+
+    def grid(self, ndim: int) -> int:
+        return self._launch.block * self._launch.threads + self._launch.thread
+
+    def gridsize(self, ndim: int) -> int:
+        return self._launch.blocks * self._launch.threads
+
+    def syncthreads(self) -> None:
+        self._launch.current.wait(_place(sys._getframe(1)))
+
+    def _shared_array(self, shape, dtype) -> _Watched:
+        frame = sys._getframe(1)
+        place = _place(frame)
+        if place not in self._launch.shared:
+            name = _assigned_name(frame) or "shared memory"
+            self._launch.shared[place] = _Watched(name, _noise(shape, dtype), self._launch, is_shared=True)
+        return self._launch.shared[place]
+
+
+@dataclass(frozen=True)
+class _Three:
+    x: int
+    y: int = 0
+    z: int = 0
+
+
+class _FromLaunch(int):
+    """A number that the compiler does not know: it comes with the launch."""
+
+
+def _noise(shape, dtype) -> np.ndarray:
+    """An array as a GPU hands it out: not zeros. Floats are NaN, integers 0x55…"""
+    from numba.np.numpy_support import as_dtype
+
+    if isinstance(shape, _FromLaunch) or not isinstance(shape, int):
+        raise KernelMistake("shape", "the shape of a shared or local array must be a constant that the compiler knows")
+    dtype = np.dtype(as_dtype(dtype) if hasattr(dtype, "bitwidth") else dtype)
+    return np.full(shape, np.nan, dtype) if dtype.kind == "f" else np.frombuffer(b"\x55" * shape * dtype.itemsize, dtype).copy()  # fmt: skip
+
+
+@functools.cache
+def _positions(code: types.CodeType) -> list:
+    return list(code.co_positions())
+
+
+def _place(frame) -> tuple:
+    """Where in the source a frame is. (f_lasti alone won't do: a specialised instruction leaves it at its cache.)"""
+    return frame.f_code, _positions(frame.f_code)[frame.f_lasti // 2]
+
+
+def _assigned_name(frame) -> str | None:
+    """The variable that the call under way is assigned to."""
+    later = [i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE"]
+    return later[0].argval if later and later[0].opname.startswith("STORE_") else None
+
+
+def _as_python(function: Callable, fake: _Cuda, made: dict) -> Callable:
+    """A kernel or device function as plain Python, with `fake` for cuda there and in the device functions it calls."""
+    import numba.cuda
+
+    plain = function.py_func
+    if plain not in made:
+        names = dict(plain.__globals__)
+        made[plain] = types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+        for name in plain.__code__.co_names:
+            value = names.get(name)
+            if value is numba.cuda:
+                names[name] = fake
+            elif hasattr(value, "py_func"):
+                names[name] = _as_python(value, fake, made)
+            elif isinstance(value, types.FunctionType):
+                raise KernelMistake("device", f"{name} {DEVICE_ONLY}")
+    return made[plain]
+
+
+def _same(a, b) -> bool:
+    return bool(a == b) or bool(a != a and b != b)
+
+
+def _whole(count, name: str) -> int:
+    try:
+        count = operator.index(count)
+    except TypeError:
+        raise TypeError(f"a launch takes a whole number of {name}; got {count!r} ({type(count).__name__})") from None
+    if count < 1:
+        raise ValueError(f"a launch takes at least 1 of {name}; got {count}")
+    return count
