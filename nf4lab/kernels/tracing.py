@@ -111,8 +111,10 @@ def trace(kernel: Callable, blocks: int, threads: int, *arguments) -> Trace:
         raise TypeError(f"{getattr(kernel, '__name__', kernel)} is not a kernel: @cuda.jit must stand above it")
     blocks, threads = _whole(blocks, "blocks"), _whole(threads, "threads")
     launch = _Launch(blocks, threads, tuple(inspect.signature(kernel.py_func).parameters), arguments)
-    body = _as_python(kernel, launch.cuda, {})
-    return launch.run(lambda: body(*launch.arguments))
+    made: dict[Callable, Callable] = {}
+    body = _as_python(kernel, launch.cuda, made)
+    has_barriers = any("syncthreads" in plain.__code__.co_names for plain in made)
+    return launch.run(lambda: body(*launch.arguments), has_barriers)
 
 
 def trace_body(body: Callable, threads: int, *arguments) -> Trace:
@@ -121,7 +123,7 @@ def trace_body(body: Callable, threads: int, *arguments) -> Trace:
     Raises KernelMistake as `trace` does.
     """
     launch = _Launch(1, threads, tuple(inspect.signature(body).parameters)[1:], arguments)
-    return launch.run(lambda: body(launch.thread, *launch.arguments))
+    return launch.run(lambda: body(launch.thread, *launch.arguments), has_barriers=False)
 
 
 class _Launch:
@@ -135,32 +137,46 @@ class _Launch:
         self.trace, self.turns, self.patience = Trace(blocks, arrays), Counter(), Counter()
         self.arguments = [_Watched(n, a, self) if n in arrays else a for n, a in zip(names, arguments, strict=True)]
         self.shared: dict[tuple, _Watched] = {}
+        self.race: KernelMistake | None = None
         self.cuda = _Cuda(self)
 
-    def run(self, body: Callable) -> Trace:
+    def run(self, body: Callable, has_barriers: bool) -> Trace:
+        kind = _Thread if has_barriers else _Loop
         with np.errstate(all="ignore"):
-            for self.block in range(self.blocks):
-                self.phase, self.shared = 0, {}
-                self._run_block([_Thread(body, thread) for thread in range(self.threads)])
+            for block in range(self.blocks):
+                self.block, self.phase, self.shared = block, 0, {}
+                self._run_block([kind(body, thread) for thread in range(self.threads)])
                 for array in self.shared.values():
                     array.check_unwritten_reads()
         return self.trace
 
     def _run_block(self, running: list) -> None:
-        """Each thread up to its next barrier, one after the other, until all have ended."""
+        """Each thread up to its next barrier, one after the other, until all have ended.
+
+        A race waits until they have: if it then turns out that some of them missed the barrier, that is the reason.
+        """
         try:
             while running:
-                for self.current in running:
-                    self.thread = self.current.number
-                    self.current.advance()
-                barriers = {thread.barrier for thread in running}
-                if len(barriers) > 1:
+                self._advance(running)
+                if len({thread.barrier for thread in running}) > 1:
                     raise self._missed_barrier(running)
+                if self.race:
+                    raise self.race
                 running = [thread for thread in running if thread.barrier]
                 self.phase += 1
         finally:
             for thread in running:
                 thread.abandon()
+
+    def _advance(self, running: list) -> None:
+        for thread in running:
+            self.current, self.thread = thread, thread.number
+            try:
+                thread.advance()
+            except Exception:
+                if self.race:  # what went wrong since may be its doing
+                    raise self.race from None
+                raise
 
     def _missed_barrier(self, running: list) -> KernelMistake:
         waiting = next(thread for thread in running if thread.barrier)
@@ -168,9 +184,9 @@ class _Launch:
         what = "waits at another one" if other.barrier else "has ended without reaching it"
         return KernelMistake(
             "barrier",
-            f"in block {self.block}, thread {waiting.number} waits at cuda.syncthreads() and thread {other.number} {what}. "
-            "A barrier must be reached by every thread of the block: keep it out of any `if`, and put it before a "
-            "thread returns.",
+            f"in block {self.block}, thread {waiting.number} waits at cuda.syncthreads() and thread {other.number} "
+            f"{what}. A barrier must be reached by every thread of the block: keep it out of any `if`, and put it before "
+            "any thread returns.",
         )  # fmt: skip
 
     def who(self, block: int, thread: int) -> str:
@@ -190,8 +206,20 @@ class _Launch:
             self.turns[key] += 1
 
 
+class _Loop:
+    """One thread of a kernel without barriers: it runs from beginning to end."""
+
+    barrier = None
+
+    def __init__(self, body: Callable, number: int):
+        self.advance, self.number = body, number
+
+    def abandon(self) -> None:
+        pass
+
+
 class _Thread(threading.Thread):
-    """One thread of the kernel; it runs only between `advance` and its next barrier or its end."""
+    """One thread of a kernel with barriers, as a thread of the host: `advance` runs it to its next barrier or end."""
 
     def __init__(self, body: Callable, number: int):
         super().__init__(daemon=True)
@@ -246,7 +274,7 @@ class _Watched:
         self.launch.record(self, "reads", index, sys._getframe(1))
         if me not in self.writers[index]:
             for other, _ in self._unordered(self.writers[index], me):
-                raise self._race(index, other, me, "reads")
+                self._race(index, other, me, "reads")
         self.readers[index][me] = (self.launch.phase,)
         if self.is_shared and not self.written[index]:
             self.read_unwritten.setdefault(index, me)
@@ -307,24 +335,25 @@ class _Watched:
     def _check_write(self, index: int, me: tuple, value, atomic: bool) -> None:
         for other, (_, theirs, was_atomic) in self._unordered(self.writers[index], me):
             if not (atomic and was_atomic) and not _same(theirs, value):
-                raise self._race(index, other, me, "writes")
+                self._race(index, other, me, "writes")
         if not atomic and not _same(self.array[index], value):
             for other, _ in self._unordered(self.readers[index], me):
-                raise self._race(index, me, other, "reads")
+                self._race(index, me, other, "reads")
 
     def _write(self, index: int, me: tuple, value, atomic: bool) -> None:
         self.array[index] = value
         self.written[index] = True
         self.writers[index][me] = (self.launch.phase, value, atomic)
 
-    def _race(self, index: int, writer: tuple, other: tuple, verb: str) -> KernelMistake:
+    def _race(self, index: int, writer: tuple, other: tuple, verb: str) -> None:
+        """Keep the first race; it is raised when the threads have come to their next barrier."""
         a, b, what = self.launch.who(*writer), self.launch.who(*other), f"{self.name}[{index}]"
         if verb == "writes":
             text = f"{a} and {b} both write {what}, and nothing says whose value stays"
         else:
             text = f"{a} writes {what} and {b} reads it, and nothing says which comes first"
         remedy = "no cuda.syncthreads() stands between" if writer[0] == other[0] else "no barrier joins two blocks"
-        return KernelMistake("race", f"a race: {text}: {remedy}.", self.name)
+        self.launch.race = self.launch.race or KernelMistake("race", f"a race: {text}: {remedy}.", self.name)
 
 
 class _Cuda:
@@ -388,7 +417,8 @@ def _noise(shape, dtype) -> np.ndarray:
     if isinstance(shape, _FromLaunch) or not isinstance(shape, int):
         raise KernelMistake("shape", "the shape of a shared or local array must be a constant that the compiler knows")
     dtype = np.dtype(as_dtype(dtype) if hasattr(dtype, "bitwidth") else dtype)
-    return np.full(shape, np.nan, dtype) if dtype.kind == "f" else np.frombuffer(b"\x55" * shape * dtype.itemsize, dtype).copy()  # fmt: skip
+    noise = np.full(shape * dtype.itemsize, 0x55, np.uint8).view(dtype)
+    return np.full_like(noise, np.nan) if dtype.kind == "f" else noise
 
 
 @functools.cache
