@@ -44,12 +44,15 @@ def total(lab, questions=None):
 def run(lab, question=None, changes=(), every_cell=False):
     """The namespace of a submission: the master, with each (old, new) of `changes` replaced in a question's answers.
 
-    Answers and what they need are run, and everything else too if `every_cell`.
+    Answers and what they need are run, and everything else too if `every_cell`. "handout" for the changes leaves every
+    solution out.
     """
-    env, left = {"__name__": "submission"}, dict(changes)
+    env, left = {"__name__": "submission"}, {} if changes == "handout" else dict(changes)
     for source, tags in cells(lab):
         if is_check(tags):
             continue
+        if changes == "handout":
+            source = re.sub(r"# BEGIN SOLUTION.*?# END SOLUTION|[^\n ][^\n]*# SOLUTION", "...", source, flags=re.DOTALL)
         for old in [old for old in left if question in tags and old in source]:
             source = source.replace(old, left.pop(old))  # in the order given: a later change sees the earlier ones
         if every_cell or tags or source.startswith(("import", "boundaries")):

@@ -1,7 +1,7 @@
 """Lab 4: the master earns every point, and each likely mistake loses its own points and is named.
 
-A submission is the master with a text of one question replaced; the checks are called in this process. Launches run in
-numba's simulator where there is no GPU, which is chosen in a process of its own: see test_lab4_in_the_simulator.
+A submission is the master with a text of one question replaced; the checks are called in this process. Kernels are
+traced here, and launched too where there is a GPU or where NUMBA_ENABLE_CUDASIM=1.
 """
 
 import re
@@ -120,7 +120,7 @@ BODY = [  # mistakes in what one thread does: (name, old, new, points lost of 5,
 ]
 KERNEL = [
     ("no blocks", NUMBER, "cuda.threadIdx.x", 5, "thread blocks do each other's work"),
-    ("grid for block", "cuda.blockIdx.x * cuda.blockDim.x", "cuda.blockIdx.x * cuda.gridDim.x", 5, "number is cuda.block"),
+    ("grid for block", "cuda.blockIdx.x * cuda.blockDim.x", "cuda.blockIdx.x * cuda.gridDim.x", 5, "is cuda.block"),
 ]  # fmt: skip
 NO_LOOP = [
     ("no guard", GUARD, "if i < out.size:", 2, "a bounds guard is missing"),
@@ -178,6 +178,16 @@ MISTAKES += [
 def submission(question, old, new):
     changes = zip(old, new, strict=True) if isinstance(old, tuple) else [(old, new)]
     return masters.run("lab4", question, changes)
+
+
+@pytest.mark.parametrize("seed", [2026, 2027, 7])
+def test_the_master_earns_every_point_at_any_seed(seed):
+    earned, told = masters.outcome("lab4", masters.run("lab4"), seed=seed)
+    assert (earned, told) == (masters.total("lab4"), {}) and earned == 40
+
+
+def test_the_handout_earns_nothing():
+    assert masters.outcome("lab4", masters.run("lab4", changes="handout"))[0] == 0
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m[1]} {m[0]}")

@@ -142,7 +142,7 @@ def test_a_barrier_that_some_threads_miss_is_named_and_no_thread_is_left_behind(
         out[cuda.threadIdx.x] = x[cuda.threadIdx.x]
 
     before = threading.active_count()
-    with pytest.raises(KernelMistake, match="thread 0 waits at .* thread 20 has ended without reaching it"):
+    with pytest.raises(KernelMistake, match=r"thread 0 waits at .* thread 20 has ended without reaching it"):
         trace(early, 1, 32, floats(20), floats(20))
     for thread in threading.enumerate():
         if thread.daemon and thread is not threading.current_thread():

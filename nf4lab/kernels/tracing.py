@@ -185,8 +185,8 @@ class _Launch:
         return KernelMistake(
             "barrier",
             f"in block {self.block}, thread {waiting.number} waits at cuda.syncthreads() and thread {other.number} "
-            f"{what}. A barrier must be reached by every thread of the block: keep it out of any `if`, and put it before "
-            "any thread returns.",
+            f"{what}. A barrier must be reached by every thread of the block: keep it out of any `if`, and put it "
+            "before any thread returns.",
         )  # fmt: skip
 
     def who(self, block: int, thread: int) -> str:

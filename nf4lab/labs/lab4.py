@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import config, cuda
 
 import nf4lab
 from nf4lab.kernels.tracing import KernelMistake, Trace, trace, trace_body
@@ -376,6 +375,8 @@ def _traced(function: Callable, run: Callable) -> Trace:
 
 def _launched(kernel: Callable, blocks: int, threads: int, *arrays: np.ndarray) -> list[np.ndarray] | None:
     """The arrays after kernel[blocks, threads] in the simulator or on the GPU; None where there is neither."""
+    from numba import config, cuda  # not at the top: the notebook decides first whether the simulator runs
+
     if not (config.ENABLE_CUDASIM or cuda.is_available()):
         return None
     on_device = [cuda.to_device(array) for array in arrays]
@@ -389,6 +390,8 @@ def _launched(kernel: Callable, blocks: int, threads: int, *arrays: np.ndarray) 
 
 
 def _where() -> str:
+    from numba import config
+
     return "the simulator" if config.ENABLE_CUDASIM else "the GPU"
 
 

@@ -1,0 +1,25 @@
+"""Made from labs/lab4/master.md by `make labs`."""
+
+import torch
+
+import nf4lab
+from nf4lab.labs import feedback, lab4
+from otter.test_files import test_case
+
+OK_FORMAT = False
+
+name = "q3"
+points = None
+
+@test_case(points=1, hidden=False)
+def on_whole_blocks(env):
+    lab4.check_body(feedback.given(env, 'dequantize_byte'), 3, 640)
+
+@test_case(points=1, hidden=False)
+def with_an_odd_rest_and_idle_threads(env):
+    for n in (640, 1, 63, 191):
+        lab4.check_body(feedback.given(env, 'dequantize_byte'), n, n, idle=40)
+
+@test_case(points=1, hidden=False)
+def with_no_byte_read_twice(env):
+    lab4.check_body_traffic(feedback.given(env, 'dequantize_byte'), 3)
