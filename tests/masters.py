@@ -55,7 +55,7 @@ def run(lab, question=None, changes=(), every_cell=False):
             source = re.sub(r"# BEGIN SOLUTION.*?# END SOLUTION|[^\n ][^\n]*# SOLUTION", "...", source, flags=re.DOTALL)
         for old in [old for old in left if question in tags and old in source]:
             source = source.replace(old, left.pop(old))  # in the order given: a later change sees the earlier ones
-        if every_cell or tags or source.startswith(("import", "boundaries")):
+        if every_cell or tags or source.startswith(("import torch", "import os\n\nimport", "boundaries")):
             with unittest.mock.patch.dict(os.environ, NUMBA_ENABLE_CUDASIM=SIMULATOR):
                 exec(compile(source, f"<{lab}>", "exec"), env)
     assert not left, f"not in {question} of the master: {list(left)}"
