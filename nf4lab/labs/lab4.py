@@ -375,9 +375,9 @@ def _traced(function: Callable, run: Callable) -> Trace:
 
 def _launched(kernel: Callable, blocks: int, threads: int, *arrays: np.ndarray) -> list[np.ndarray] | None:
     """The arrays after kernel[blocks, threads] in the simulator or on the GPU; None where there is neither."""
-    from numba import config, cuda  # not at the top: the notebook decides first whether the simulator runs
+    from numba import cuda  # not at the top: the notebook decides first whether the simulator runs
 
-    if not (config.ENABLE_CUDASIM or cuda.is_available()):
+    if not cuda.is_available():
         return None
     on_device = [cuda.to_device(array) for array in arrays]
     try:
@@ -390,9 +390,9 @@ def _launched(kernel: Callable, blocks: int, threads: int, *arrays: np.ndarray) 
 
 
 def _where() -> str:
-    from numba import config
+    from numba import cuda
 
-    return "the simulator" if config.ENABLE_CUDASIM else "the GPU"
+    return "the simulator" if "simulator" in cuda.jit.__module__ else "the GPU"
 
 
 def _check_written(record: Trace, name: str) -> None:
