@@ -88,9 +88,7 @@ MISTAKES = [  # (what the mistake is called, question, {old: new}, points lost o
     (
         "float copy in a buffer",
         "q3",
-        {
-            "self.out_features, self": 'self.register_buffer("w", layer.weight.detach())\n        self.out_features, self'
-        },
+        {"self.out_features, s": 'self.register_buffer("w", layer.weight.detach())\n        self.out_features, s'},
         4,
         "a float copy",
     ),

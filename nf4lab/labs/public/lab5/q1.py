@@ -1,0 +1,16 @@
+"""Made from labs/lab5/master.md by `make labs`."""
+
+import torch
+
+import nf4lab
+from nf4lab.labs import feedback, lab5
+from otter.test_files import test_case
+
+OK_FORMAT = False
+
+name = "q1"
+points = None
+
+@test_case(points=1, hidden=False)
+def on_small_functions(env):
+    lab5.check_saved_bytes(feedback.given(env, 'saved_bytes'), 1)

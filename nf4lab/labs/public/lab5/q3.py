@@ -1,0 +1,16 @@
+"""Made from labs/lab5/master.md by `make labs`."""
+
+import torch
+
+import nf4lab
+from nf4lab.labs import feedback, lab5
+from otter.test_files import test_case
+
+OK_FORMAT = False
+
+name = "q3"
+points = None
+
+@test_case(points=2, hidden=False)
+def values_and_buffers(env):
+    lab5.check_layer(env, 3)
