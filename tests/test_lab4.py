@@ -199,3 +199,39 @@ def test_a_likely_mistake_loses_its_points_and_is_named(mistake):
     assert told
     for text in told.values():
         assert re.search(message, text, re.DOTALL), text
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_the_kernels_compile_for_gpus_and_stay_in_float32(capability):
+    types, assemble = compiler()
+    env = masters.run("lab4")
+    for name, ptx in compiled(env, types, assemble, capability).items():
+        assert ".f64" not in ptx and "fma" not in ptx, name  # a fused product would round elsewhere
+
+
+def test_one_over_absmax_is_a_float64_on_a_gpu_as_the_lab_says():
+    types, assemble = compiler()
+    env = submission("q10", "float32(1) / scale", "1 / scale")
+    assert ".f64" in compiled(env, types, assemble, (7, 5))["quantize"]
+
+
+def compiler():
+    if masters.SIMULATOR != "0":
+        pytest.skip("the simulator compiles nothing: run without NUMBA_ENABLE_CUDASIM")
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda")
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda-bindings")
+    from numba import types
+
+    from nf4lab.kernels.cuda.assemble import assemble
+
+    return types, assemble
+
+
+def compiled(env, types, assemble, capability):
+    """The PTX of the lab's kernels by name, compiled and linked without a GPU."""
+    byte, half, single = (types.Array(t, 1, "C") for t in (types.uint8, types.float16, types.float32))
+    signatures = dict.fromkeys(("v1", "v2", "v3"), (byte, single, single, half)) | {
+        "quantize": (single, single, byte, single)
+    }
+    found = {name: assemble(env[name], signature, capability)[0] for name, signature in signatures.items()}
+    return {name: ptx.decode() if isinstance(ptx, bytes) else ptx for name, ptx in found.items()}
