@@ -88,7 +88,7 @@ MISTAKES = [  # (what the mistake is called, question, {old: new}, points lost o
     (
         "float copy in a buffer",
         "q3",
-        {"self.out_features, s": 'self.register_buffer("w", layer.weight.detach())\n        self.out_features, s'},
+        {"q = nf4lab": 'self.register_buffer("w", layer.weight.detach())\n        q = nf4lab'},
         4,
         "a float copy",
     ),
