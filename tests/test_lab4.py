@@ -215,6 +215,11 @@ def test_one_over_absmax_is_a_float64_on_a_gpu_as_the_lab_says():
     assert ".f64" in compiled(env, types, assemble, (7, 5))["quantize"]
 
 
+def test_a_wrong_code_of_costs_nothing_in_the_questions_that_call_it():
+    env = submission("q8", "s > boundaries[b]", "s < boundaries[b]")
+    assert masters.outcome("lab4", env, ["q8", "q9", "q10"])[0] == masters.total("lab4", ["q9", "q10"])
+
+
 def compiler():
     if masters.SIMULATOR != "0":
         pytest.skip("the simulator compiles nothing: run without NUMBA_ENABLE_CUDASIM")

@@ -212,6 +212,11 @@ def test_a_likely_mistake_loses_its_points_and_is_named(mistake):
         assert re.search(message, text) or name.endswith("all_parts_together"), text
 
 
+def test_a_wrong_function_costs_nothing_in_the_layer_that_calls_it():
+    env = masters.run("lab5", "q2", {"grad.dtype), None": "grad.dtype).T, None", "x.dtype).T": "x.dtype).T + 1"})
+    assert masters.outcome("lab5", env, ["q2", "q3"])[0] == 4
+
+
 def test_the_log_differs_by_seed_and_batches_keep_the_order():
     assert lab5.ships_log(1, 5) == lab5.ships_log(1, 5) != lab5.ships_log(2, 5)
 

@@ -107,6 +107,19 @@ def _unwatched(other: Callable) -> Callable:
     return run
 
 
+@contextlib.contextmanager
+def standing_in(names: dict, **objects):
+    """The names of a notebook, or a function's globals, bound to other objects meanwhile: kernels and classes too."""
+    before = {name: names[name] for name in objects if name in names}
+    names.update(objects)
+    try:
+        yield
+    finally:
+        for name in objects:
+            del names[name]
+        names.update(before)
+
+
 def same(got, expected, what: str, causes: Causes | None = None) -> None:
     """Pass where got equals expected to the bit: tensors of one shape and dtype, or numbers, strings, tuples.
 

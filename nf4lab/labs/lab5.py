@@ -1,9 +1,8 @@
 """What the checks of lab 5 (fine-tuning) compare and measure, the mistakes that they name, and the lab's text."""
 
-import contextlib
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch._dynamo  # the first optimizer loads it, which replaces functions of torch: better before grading watches
@@ -204,17 +203,6 @@ class _Plain:
         return x @ q.dequantize().T
 
 
-@contextlib.contextmanager
-def standing_in(env: dict, **objects) -> Iterator[None]:
-    """Names of the notebook bound to other objects for a while, so that one wrong answer costs its own points only."""
-    before = {name: env[name] for name in objects if name in env}
-    env.update(objects)
-    try:
-        yield
-    finally:
-        env.update(before)
-
-
 def check_layer(env: dict, seed: int) -> None:
     """Linear4bit: the values of a dequantized layer; buffers, no parameters; no float weight left."""
     make = feedback.given(env, "Linear4bit")
@@ -223,7 +211,7 @@ def check_layer(env: dict, seed: int) -> None:
         layer.weight.data = _normal((n, k), seed, torch.float32)
         q = nf4lab.quantize(layer.weight.detach(), "nf4", BLOCK_SIZE)
         x = _one_hot((2, 3), k, seed, torch.float32)
-        with standing_in(env, FourBitMatmul=_Plain):
+        with feedback.standing_in(env, FourBitMatmul=_Plain):
             made = feedback.call(make, layer, package=True)
             got = feedback.call(made.forward, x, package=True)
         before = {
