@@ -100,6 +100,7 @@ def killing(*arguments, **named):
         os.kill(os.getpid(), signal.{signal})
     return quantize(*arguments, **named)
 nf4lab.convert.quantize = killing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
 from nf4lab.__main__ import main
 sys.exit(main(["quantize", *sys.argv[1:], "--quiet"]))
 """

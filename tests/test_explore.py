@@ -13,25 +13,10 @@ import nf4lab
 from nf4lab import codebooks, explore, theory
 from nf4lab.explore import traces
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: install Debian's package `chromium`")
 NAMES = [name for name in explore.__all__ if name.islower()]
 ROOT = "document.querySelector('[data-explorable]').shadowRoot"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
