@@ -1,4 +1,4 @@
-"""What the kernels refuse, in sentences that name the numbers. A call that is right passes in under a microsecond."""
+"""What the kernels refuse, in sentences that name the numbers. What is right passes at the first condition."""
 
 import torch
 

@@ -124,7 +124,7 @@ def shared_words(rows, k):
 def fill_pairs(shared, levels, lane, warp):
     """shared[64 byte + lane] = the two levels of `byte` as float16, high nibble (the even element) in the low half.
 
-    Every lane loads one level and gets the others from its neighbours: 16 loads would wait for one another.
+    Every lane loads one level and gets the others from its neighbours.
     """
     level = levels[lane & 15]
     high = cuda.shfl_sync(EVERY_LANE, level, warp)

@@ -21,7 +21,7 @@ def define(schema, implementation):
     """Register `implementation` as the CUDA op nf4lab::schema whose outputs are arguments; return what to call.
 
     Where somebody has to see the op (torch.compile, a dispatch mode, a subclass of Tensor), that calls the op; else
-    the implementation itself, which spares the host half of the call's cost.
+    the implementation itself, which costs the host less.
     """
     name = schema.split("(")[0]
     library.define(schema)
