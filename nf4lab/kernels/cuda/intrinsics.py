@@ -16,7 +16,6 @@
     max_magnitude8(x, raw)   the same of eight elements as load8 left them, 16-bit ones two at a time
     pair_at(shared, word, b, lane_bytes)  the uint32 at byte 256 * (byte b of word) + lane_bytes of shared memory
     multiply(a, b)           a * b rounded by itself: never fused with a following addition
-    fused(a, b, c)           a * b + c, rounded once
     quotient(a, b)           a / b, correctly rounded; reciprocal(x) is 1 / x
     load16(data, i, words, k)  bytes 16i..16i+15 into words[k:k + 4], one load    data on 16 bytes
     store16_words(data, i, words, k)  the other way

@@ -12,7 +12,6 @@ from numba.cuda.extending import intrinsic
 __all__ = [
     "bits_float",
     "float_bits",
-    "fused",
     "has_float16_range",
     "in_16_bytes",
     "load",
@@ -144,14 +143,6 @@ def quotient(typing, a, b):
         return inline_ptx(builder, "div.rn.f32 $0, $1, $2;", F32, args)
 
     return types.float32(types.float32, types.float32), emit
-
-
-@intrinsic
-def fused(typing, a, b, c):
-    def emit(context, builder, signature, args):
-        return inline_ptx(builder, "fma.rn.f32 $0, $1, $2, $3;", F32, args)
-
-    return types.float32(types.float32, types.float32, types.float32), emit
 
 
 @intrinsic

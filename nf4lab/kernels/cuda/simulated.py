@@ -10,7 +10,6 @@ import numpy as np
 __all__ = [
     "bits_float",
     "float_bits",
-    "fused",
     "has_float16_range",
     "in_16_bytes",
     "load",
@@ -45,10 +44,6 @@ def bits_float(bits):
 
 def multiply(a, b):
     return np.float32(a) * np.float32(b)
-
-
-def fused(a, b, c):
-    return np.float32(float(a) * float(b) + float(c))
 
 
 def quotient(a, b):
