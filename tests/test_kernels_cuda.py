@@ -450,6 +450,32 @@ def test_launches_go_to_the_current_stream_from_any_thread():
 
 
 @on_gpu
+@pytest.mark.skipif(not SIMULATOR and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_run_on_the_gpu_that_holds_the_tensors(current):
+    n, k, rows = 4096, 1024, 2
+    packed, absmax = random_codes(n * k, 64)
+    w = reference_dequantize(packed, absmax, LEVELS, n * k, 64, torch.float16)
+    x = random_values(rows * k, torch.float16).reshape(rows, k)
+    with torch.cuda.device(current):
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            parts = [t.to(device) for t in (packed, absmax, LEVELS)]
+            out = torch.empty(n * k, dtype=torch.float16, device=device)
+            assert same_bits(cuda.dequantize(*parts, n=n * k, block_size=64, out=out), w)
+            y = cuda.gemv(x.to(device), *parts, shape=(n, k), block_size=64)
+            assert y.get_device() == out.get_device()
+            wide_x, wide_w = x.double(), w.double().view(n, k)
+            # the levels, w and y are each rounded once to float16: by at most 2^-11 of itself
+            bound = 3 * 2**-11 * (wide_x.abs() @ wide_w.abs().T)
+            assert ((y.cpu().double() - wide_x @ wide_w.T).abs() <= bound).all()
+            again = torch.empty_like(parts[0]), torch.empty_like(parts[1])
+            codebook = cuda.codebook(midpoints(LEVELS), device=device)
+            cuda.quantize(out, codebook, block_size=64, packed=again[0], absmax=again[1])
+            assert equal_pairs([t.cpu() for t in again], reference_quantize(w, midpoints(LEVELS), 64))
+        assert torch.cuda.current_device() == current
+
+
+@on_gpu
 def test_more_than_two_to_the_31_elements_are_addressed():
     n = 2**31 + 4101
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
