@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
+# The pages that the build adds: the index, the search, the package's source. index.html only leads to the first page.
+ADDED = {str(path.relative_to(SITE).with_suffix("")) for path in SITE.rglob("*.html") if "_static" not in path.parts}
+ADDED = sorted(ADDED - {*PAGES, "index"})
 FAULTS = r"""() => ({
   "wider than the window": document.documentElement.scrollWidth > innerWidth + 1,
   "images without alternative text": [...document.querySelectorAll("main img")].filter(i => !i.alt.trim()).length,
@@ -34,11 +37,21 @@ pytestmark = pytest.mark.skipif(not SITE.exists(), reason="the book is not built
 
 
 @pytest.mark.parametrize(("width", "theme"), [(360, "light"), (1440, "dark")])
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, *ADDED])
 def test_a_page_shows_without_faults_and_without_the_network(open_page, name, width, theme):
     page, notes = open_page(f"{name}.html", width, theme)
     faults = {what: found for what, found in page.evaluate(FAULTS).items() if found not in (0, False, [])}
     assert not faults
+    assert not notes
+
+
+def test_the_search_finds_the_chapter_on_a_word(open_page):
+    page, notes = open_page(f"{PAGES[1]}.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("quantile")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results li a")
+    assert "Levels from quantiles" in page.inner_text("#search-results")
     assert not notes
 
 

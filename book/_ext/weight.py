@@ -40,17 +40,21 @@ def choose_mathjax(app: Sphinx, config) -> None:
 
 
 def thin_scripts(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
-    """Scripts wait until the text is there; a page without formulas loads no MathJax."""
+    """Scripts wait until the text is there, but on the search page, whose own do not; no formulas, no MathJax."""
     formulas = app.env.get_domain("math").has_equations(pagename) if pagename in app.env.found_docs else False
     kept = []
     for script in context.get("script_files", []):
         name = str(getattr(script, "filename", "") or "")
         if "mathjax" in name and not (formulas and doctree is not None and _has_math(doctree)):
             continue
-        if name and not name.endswith(FIRST):
-            script.attributes.setdefault("defer", "defer")
-        kept.append(script)
+        later = name and not name.endswith(FIRST) and templatename != "search.html"
+        kept.append(_deferred(script) if later else script)
     context["script_files"] = kept
+
+
+def _deferred(script):
+    """A copy of Sphinx's entry for a script, which all pages share, that is run when the text is there."""
+    return type(script)(script.filename, priority=script.priority, **{**script.attributes, "defer": "defer"})
 
 
 def _has_math(doctree) -> bool:
