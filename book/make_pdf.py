@@ -8,6 +8,7 @@ that only plots is left out. It is printed twice: the second time, the contents 
 import datetime
 import functools
 import http.server
+import io
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from urllib.parse import urljoin
 
 import yaml
 from bs4 import BeautifulSoup
+from pypdf import PdfReader
 
 import nf4lab
 
@@ -105,12 +107,10 @@ def today() -> str:
 
 
 def page_numbers(pdf: bytes) -> dict[str, int]:
-    """{id: page, from 1} of the document's named places, read from the PDF as Chromium writes it."""
-    kids = re.findall(rb"/Type /Pages\b.*?/Kids \[([^\]]*)\]", pdf, re.DOTALL)
-    leaves = {int(found) for found in re.findall(rb"(\d+) 0 obj\s*<</Type /Page\s", pdf)}
-    order = sorted({int(n) for group in kids for n in re.findall(rb"(\d+) 0 R", group)} & leaves)
-    places = re.findall(rb"/([\w.#-]+) \[(\d+) 0 R\s*/XYZ", pdf)
-    return {name.decode(): order.index(int(number)) + 1 for name, number in places if int(number) in order}
+    """{id: page, from 1} of the places in the document that something links to."""
+    reader = PdfReader(io.BytesIO(pdf))
+    places = reader.named_destinations.items()
+    return {name.removeprefix("/"): reader.get_destination_page_number(place) + 1 for name, place in places}
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -124,11 +124,11 @@ def print_pdf(html_of) -> bytes:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address, pdf = f"http://127.0.0.1:{server.server_port}/whole-book.html", b""
+    address, numbers = f"http://127.0.0.1:{server.server_port}/whole-book.html", {}
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         for _ in range(2):
-            page, html = browser.new_page(), html_of(page_numbers(pdf))
+            page, html = browser.new_page(), html_of(numbers)
             page.route(
                 "**/whole-book.html", lambda route, _, html=html: route.fulfill(body=html, content_type="text/html")
             )
@@ -140,6 +140,7 @@ def print_pdf(html_of) -> bytes:
                 margin={"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
             )  # fmt: skip
             page.close()
+            numbers = page_numbers(pdf)
         browser.close()
     server.shutdown()
     return pdf

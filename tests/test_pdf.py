@@ -27,22 +27,38 @@ def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside(
     assert all((make_pdf.SITE / image["src"]).exists() for image in soup.find_all("img"))
 
 
-def test_page_numbers_are_read_as_chromium_writes_them():
-    pdf = (
-        b"1 0 obj\n<</Type /Page\n>>\nendobj\n5 0 obj\n<</Type /Page\n>>\nendobj\n"
-        b"7 0 obj\n<</Type /Pages\n/Count 2\n/Kids [1 0 R 5 0 R]>>\n8 0 obj\n"
-        b"<</a-b [5 0 R /XYZ 0 1 0]\n/c [1 0 R /XYZ 0 9 0]>>"
-    )
-    assert make_pdf.page_numbers(pdf) == {"a-b": 2, "c": 1}
+@pytest.fixture(scope="module")
+def reader():
+    if not make_pdf.PDF.exists():
+        pytest.skip("no PDF: run `make pdf`, which needs a Chromium")
+    return make_pdf.PdfReader(make_pdf.PDF)
 
 
-@pytest.mark.skipif(not make_pdf.PDF.exists(), reason="no PDF: run `make pdf`, which needs a Chromium")
-def test_the_pdf_has_its_outline_its_tags_and_a_page_number_for_every_line_of_the_contents():
-    pdf = make_pdf.PDF.read_bytes()
-    assert b"/Outlines" in pdf
-    assert b"/StructTreeRoot" in pdf
-    numbers = make_pdf.page_numbers(pdf)
-    pages = [make_pdf.place(page) for _, chapters in make_pdf.contents()[1:] for page in chapters]
-    found = [numbers[page] for page in pages]
+def test_the_pdf_has_an_outline_and_tags_for_screen_readers(reader):
+    titles = [entry.title for entry in reader.outline if not isinstance(entry, list)]
+    assert any(re.search(r"\b1\. Sixteen numbers", title) for title in titles)
+    assert "/StructTreeRoot" in reader.trailer["/Root"]
+
+
+def test_every_line_of_the_contents_has_its_page_number(reader):
+    numbers = make_pdf.page_numbers(make_pdf.PDF.read_bytes())
+    chapters = [page for _, part in make_pdf.contents()[1:] for page in part]
+    found = [numbers[make_pdf.place(page)] for page in chapters]
     assert found == sorted(set(found))
     assert found[0] > 3  # after the title, the contents and the landing page
+    for page, number in zip(chapters, found, strict=True):
+        title = make_pdf.article(page, set()).find("h1").get_text()
+        assert squeezed(title) in squeezed(reader.pages[number - 1].extract_text())
+
+
+def test_no_line_of_code_or_output_is_cut_off_on_paper(reader):
+    paper = squeezed("".join(re.sub(r"\s*\d+\s*$", "", page.extract_text()) for page in reader.pages))
+    soup = make_pdf.BeautifulSoup(make_pdf.document({}), "html.parser")
+    lines = [line for block in soup.find_all("pre") for line in block.get_text().splitlines()]
+    assert len(lines) > 2000
+    assert not [line for line in lines if squeezed(line) not in paper]
+
+
+def squeezed(text):
+    """The text without its spaces and line breaks: where a PDF has them says nothing."""
+    return re.sub(r"\s", "", text)
