@@ -7,7 +7,7 @@ BIN := .venv/bin
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-book: $(BIN)/ready ## build the book, every page run anew
+book: $(BIN)/ready ## build the book, running each page whose text, or the package, has changed
 	$(BIN)/jupyter-book build . -W --keep-going
 	$(BIN)/python book/make_pdf.py
 	@echo "open $(CURDIR)/_build/html/index.html"

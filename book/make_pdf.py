@@ -31,6 +31,7 @@ MATHJAX = {
     "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
     "options": {"processHtmlClass": "math"},
 }
+COLUMN_PX = round((210 - 2 * 20) / 25.4 * 96)  # A4 without its margins, at CSS's 96 pixels an inch
 FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
 
 
@@ -132,6 +133,8 @@ def print_pdf(html_of) -> bytes:
             page.route(
                 "**/whole-book.html", lambda route, _, html=html: route.fulfill(body=html, content_type="text/html")
             )
+            page.emulate_media(media="print")
+            page.set_viewport_size({"width": COLUMN_PX, "height": 900})  # what draws itself measures the column
             page.goto(address)
             page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
             pdf = page.pdf(

@@ -3,9 +3,11 @@
 import importlib
 import importlib.metadata
 import io
+import os
 import pkgutil
 import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,8 @@ import nf4lab
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-docstrings, outside, status, weight = (
-    pytest.importorskip(name) for name in ("docstrings", "outside", "status", "weight")
+docstrings, fresh, outside, status, weight = (
+    pytest.importorskip(name) for name in ("docstrings", "fresh", "outside", "status", "weight")
 )
 built = pytest.mark.skipif(not SITE.exists(), reason="the book is not built: run `make book`")
 
@@ -38,6 +40,12 @@ def test_arguments_and_errors_become_sections():
         "What it does.", "", "Args:", "    format: how.", "    n: how.", "    dtype: which.", "",
         "Raises:", "    TypeError: for x", "    ValueError: where y", "", "**Source:** Z.", "",
     ]  # fmt: skip
+
+
+def test_an_error_of_the_package_is_one_and_a_sentence_that_names_none_stays():
+    lines = restructured("Raises KernelMistake as `trace` does.")
+    assert lines == ["Raises:", "    KernelMistake: as ``trace`` does", ""]
+    assert restructured("Raises what the reader raises.") == ["Raises what the reader raises.", ""]
 
 
 def test_a_name_of_the_package_becomes_a_link_and_any_other_is_code():
@@ -71,6 +79,14 @@ def test_the_api_page_explains_whatever_the_package_exports():
             assert f'id="{thing.__module__}.{thing.__qualname__}"' in page, name
 
 
+@built
+def test_the_api_page_has_no_section_without_content():
+    page = (SITE / "book" / "api.html").read_text()
+    assert "Alias for field number" not in page
+    assert not re.search(r'<dd class="field-(odd|even)">\s*(<p>\s*</p>)?\s*</dd>|Raises:\s*</p>', page)
+
+
+@built
 def test_the_inventories_are_what_sphinx_reads():
     inventory = pytest.importorskip("sphinx.util.inventory").InventoryFile
     found = outside.projects(outside.LIST.read_text())
@@ -138,3 +154,15 @@ def test_the_version_is_the_same_wherever_it_stands():
     assert citation["version"] == nf4lab.__version__
     assert f"Version {nf4lab.__version__}" in (ROOT / "book" / "citing.md").read_text()
     assert f"## {nf4lab.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_page_is_run_again_when_the_package_has_changed_since(tmp_path, monkeypatch):
+    for name in ("nf4lab/kernels/new.py", "nf4lab/__pycache__/newer.pyc", "book/newest.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name, time in [("nf4lab/kernels/new.py", 100), ("nf4lab/__pycache__/newer.pyc", 200), ("book/newest.md", 300)]:
+        os.utime(tmp_path / name, (time, time))
+    monkeypatch.setattr(fresh, "ROOT", tmp_path)
+    env = types.SimpleNamespace(all_docs={"before": 99_000_000, "after": 101_000_000})
+    assert fresh.outdated(None, env, set(), set(), set()) == ["before"]

@@ -22,7 +22,7 @@ from sphinx.ext.autodoc import DataDocumenter, FunctionDocumenter
 NAMES = r"[a-z_]\w*(?:, [a-z_]\w*)*"
 LABEL = re.compile(rf"(?:^|(?<=\. ))({NAMES}): ")  # at the start of a line or of a sentence
 ROW = re.compile(r"^ *(\w+(?:\([^)]*\))?(?:; \w+\([^)]*\).*?)?) {2,}(\S.*)$")
-ERROR = re.compile(r"(?:^Raises |[,;] (?:and )?|\. Raises )(\w+Error) ")
+ERROR = re.compile(r"(?:^Raises |[,;] (?:and )?|\. Raises )(\w+(?:Error|Mistake)) ")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 
@@ -123,8 +123,8 @@ def restructure(lines: list[str], arguments: set[str], title: str, module) -> li
             known = items[0][0].split(", ")[0] in arguments
             out += section(title, in_rst(items)) if known else bullets(in_rst(items), "**")
         else:
-            if text.startswith("Raises "):
-                out += section("Raises", in_rst(errors(text)))
+            if text.startswith("Raises ") and (conditions := errors(text)):
+                out += section("Raises", in_rst(conditions))
             elif text:
                 out += [to_rst(text.strip(), module), ""]
             if source:
@@ -152,6 +152,11 @@ def process(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -
         lines.insert(0, "\\ ")
 
 
+def skip_fields(app: Sphinx, what: str, name: str, obj, skip: bool, options) -> bool | None:
+    """Leave out the fields of a named tuple, of which Python itself only tells the number: its class explains them."""
+    return True if (inspect.getdoc(obj) or "").startswith("Alias for field number") else None
+
+
 class CompiledDocumenter(FunctionDocumenter):
     """numba's compiled functions, documented as the Python functions that they were made from."""
 
@@ -176,5 +181,6 @@ def setup(app: Sphinx) -> dict:
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"  # Sphinx says "Variables"
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("autodoc-process-docstring", process, priority=100)  # before napoleon's, at 500
     return {"parallel_read_safe": True}

@@ -10,6 +10,8 @@ v1 to v4 take (packed, absmax, levels, out, n, block_shift, wide) with block_siz
 numbered below `wide` are whole and aligned for wide loads and stores; the others go element by element.
 """
 
+import functools
+
 from numba import config, cuda, float32, int64, uint32
 
 from .intrinsics import in_16_bytes, load_codes, multiply, store, store16
@@ -139,6 +141,7 @@ def nested(packed, codes, group_absmax, offset, code_map, levels, out, n, block_
 VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
 
 
+@functools.lru_cache(maxsize=1024)
 def shape(version, n, out_bytes):
     """(blocks, threads a block) that cover n elements of out_bytes each."""
     group = 16 // out_bytes

@@ -8,6 +8,7 @@ In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the kernel on C
 import ctypes
 import functools
 import os
+import struct
 import threading
 
 import torch
@@ -17,6 +18,9 @@ os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 from numba import config, cuda, types
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
+# A torch built without CUDA has neither.
+current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 TYPES = {
     torch.uint8: types.uint8,
     torch.int32: types.int32,
@@ -84,7 +88,7 @@ class Loaded:
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
-        self.slots = Slots(len(args))
+        self.slots, self.pack = Slots(len(args)), struct.Struct(f"{len(args)}q").pack_into
 
     def function_of(self, handle):
         """The CUfunction: numba-cuda hands out a CUkernel on some versions, which the driver converts."""
@@ -101,10 +105,9 @@ class Loaded:
 
     def __call__(self, grid, threads, shared_bytes, args):
         slots = self.slots
-        slots.values[:] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in args]
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        self.pack(slots.values, 0, *[a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
         launch = self.driver.cuLaunchKernel
-        shape = grid, 1, 1, threads, 1, 1, shared_bytes, stream
+        shape = grid, 1, 1, threads, 1, 1, shared_bytes, current_stream(self.device)
         (error,) = launch(self.function, *shape, slots.address, 0)
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first use of CUDA
             check(self.driver.cuCtxSetCurrent(self.context), self.driver)
@@ -148,7 +151,7 @@ def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=
     device = args[0].get_device()
     key = (kernel, device, dtype)
     loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
-    if torch._C._cuda_getDevice() == device:
+    if current_device() == device:
         loaded(grid, threads, shared_bytes, args)
         return
     with torch.cuda.device(device):

@@ -28,14 +28,12 @@ def define(schema, implementation):
     library.impl(name, implementation, "CUDA")
     library.impl(name, refuse, "CPU")
     torch.library.register_fake(f"nf4lab::{name}", lambda *args: None, lib=library)
-    op = getattr(torch.ops.nf4lab, name).default
+    op, is_compiling = getattr(torch.ops.nf4lab, name).default, torch.compiler.is_compiling
+    dispatch_modes = torch._C._len_torch_dispatch_stack
 
-    def call(first, *rest):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return op(first, *rest)
-        if type(first) is Tensor and first.is_cuda:
-            return implementation(first, *rest)
-        return op(first, *rest)
+    def call(*args):
+        seen = is_compiling() or dispatch_modes() or type(args[0]) is not Tensor or not args[0].is_cuda
+        return op(*args) if seen else implementation(*args)
 
     return implementation if SIMULATOR else call
 

@@ -14,6 +14,7 @@ sets flag[0] if `check`. Groups of eight elements numbered below `wide` are alig
 stores; the others go element by element.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -265,6 +266,7 @@ def v4(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, ch
 VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
 
 
+@functools.lru_cache(maxsize=1024)
 def shape(version, n, block_size):
     """(blocks, threads a block) that cover n elements: a quantization block never crosses a thread block."""
     threads = THREADS if version == "v1" else max(THREADS, block_size // 8)
