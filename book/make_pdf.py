@@ -59,6 +59,8 @@ def article(page: str, pages: set[str]) -> BeautifulSoup:
         tag["open"] = ""
     for tag in soup.find_all(href=True):
         tag["href"] = inside(page, tag["href"], pages)
+        if not tag["href"].startswith(("#", "https:")):  # a page that is not on paper, such as the index
+            tag.unwrap()
     for tag in soup.find_all(src=True):
         tag["src"] = urljoin(f"{page}.html", tag["src"])
     soup.name, soup["id"] = "section", place(page)

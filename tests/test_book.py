@@ -55,6 +55,16 @@ def test_the_search_finds_the_chapter_on_a_word(open_page):
     assert not notes
 
 
+def test_what_goes_on_beyond_its_box_fades_until_it_is_scrolled_to_its_end(open_page):
+    page, _ = open_page(f"{PAGES[4]}.html", 360)
+    page.wait_for_selector("pre.goes-on")
+    wide = "[...document.querySelectorAll('main pre')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.length === document.querySelectorAll('pre.goes-on').length")
+    page.evaluate("document.querySelector('pre.goes-on').setAttribute('id', 'first')")
+    page.evaluate("document.getElementById('first').scrollLeft = 10_000")
+    page.wait_for_selector("#first:not(.goes-on)")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_figure_is_followed_by_its_caption(open_page, name):
     page, _ = open_page(f"{name}.html")

@@ -20,8 +20,8 @@ import nf4lab
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-docstrings, fresh, outside, status, weight = (
-    pytest.importorskip(name) for name in ("docstrings", "fresh", "outside", "status", "weight")
+addresses, docstrings, fresh, outside, spaces, status, weight = (
+    pytest.importorskip(name) for name in ("addresses", "docstrings", "fresh", "outside", "spaces", "status", "weight")
 )
 built = pytest.mark.skipif(not SITE.exists(), reason="the book is not built: run `make book`")
 
@@ -166,3 +166,35 @@ def test_a_page_is_run_again_when_the_package_has_changed_since(tmp_path, monkey
     monkeypatch.setattr(fresh, "ROOT", tmp_path)
     env = types.SimpleNamespace(all_docs={"before": 99_000_000, "after": 101_000_000})
     assert fresh.outdated(None, env, set(), set(), set()) == ["before"]
+
+
+def test_a_number_stays_with_its_noun_its_unit_and_its_factor():
+    bound = spaces.bind("chapter 5 has 16 GB at 3.35 TB/s for 384 × 1,536 weights, 4 bits each; a bit is 12 signs.")
+    assert bound.replace("\N{NO-BREAK SPACE}", "~") == (
+        "chapter~5 has 16~GB at 3.35~TB/s for 384~×~1,536 weights, 4~bits each; a bit is 12 signs."
+    )
+
+
+@built
+def test_the_build_binds_numbers_in_prose_and_leaves_code_alone():
+    page = (SITE / "book" / "04-blocks.html").read_text()
+    assert "chapter\N{NO-BREAK SPACE}1" in page
+    assert not re.search(r"<pre>[^<]*\N{NO-BREAK SPACE}", page)
+
+
+def test_links_to_the_project_take_its_address_from_one_place():
+    theme = {"repository_url": "https://github.com/you/nf4lab", "repository_branch": "main"}
+    config = types.SimpleNamespace(html_theme_options=theme)
+    addresses.add_schemes(None, config)
+    assert config.myst_url_schemes["repo"] == "https://github.com/you/nf4lab/blob/main/{{path}}"
+    assert config.myst_url_schemes["colab"] == (
+        "https://colab.research.google.com/github/you/nf4lab/blob/main/{{path}}"
+    )
+
+
+@built
+def test_the_teaching_page_leads_to_every_lab_and_to_the_guide():
+    page = (SITE / "book" / "teaching.html").read_text()
+    for path in (ROOT / "labs").glob("lab?/lab?.ipynb"):
+        assert re.search(rf'href="https://colab[^"]+/{path.relative_to(ROOT)}"', page), path
+    assert re.search(r'href="https://github.com/[^"]+/labs/README.md"', page)

@@ -113,11 +113,11 @@ class ShowRuns(SphinxPostTransform):
         if not ran:
             return nodes.paragraph(text="In this build no page was run.")
         rows = [
-            (self.link(name), f"{run['runtime']:.1f}", "ran to the end" if run["succeeded"] else "stopped at an error")
+            (self.link(name), f"{run['runtime']:.1f}", "to the end" if run["succeeded"] else "to an error")
             for name, run in sorted(ran.items(), key=lambda item: (item[0] != self.config.root_doc, item[0]))
         ]
         total = sum(run["runtime"] for run in ran.values())
-        return table(("page", "seconds", "result"), [*rows, ("all pages", f"{total:.1f}", "")])
+        return table(("page", "seconds", "ran"), [*rows, ("all pages", f"{total:.1f}", "")])
 
     def link(self, name: str) -> nodes.paragraph:
         here = self.env.docname

@@ -1,11 +1,17 @@
-// What scrolls sideways can be reached and scrolled by keyboard: formulas, code and tables that are wider than a phone.
+// What scrolls sideways, formulas, code and tables wider than a phone, can be scrolled by keyboard, and shows that it
+// goes on.
 (function () {
   const WIDE = "main :is(mjx-container[display], pre, .pst-scrollable-table-container)";
+
+  function fade(part) {
+    part.classList.toggle("goes-on", part.scrollLeft + part.clientWidth < part.scrollWidth - 1);
+  }
 
   function reach() {
     for (const part of document.querySelectorAll(WIDE)) {
       if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
       else if (part.tabIndex === 0) part.removeAttribute("tabindex");
+      fade(part);
     }
   }
 
@@ -13,6 +19,7 @@
     if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
     reach();
     addEventListener("resize", reach);
+    addEventListener("scroll", (event) => event.target.matches?.(WIDE) && fade(event.target), true);
     document.addEventListener("toggle", reach, true); // what a fold hid has a width only now
   }
 

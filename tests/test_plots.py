@@ -1,0 +1,27 @@
+"""The book's figures: colours that can be read."""
+
+import pytest
+
+from nf4lab import plots
+
+
+def contrast_with_white(color):
+    """WCAG's contrast ratio of #rrggbb on white: relative luminance, section 1.4.3."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+
+
+def test_the_contrast_of_black_and_of_grey_is_what_wcag_says():
+    assert contrast_with_white("#000000") == pytest.approx(21)
+    assert contrast_with_white("#767676") == pytest.approx(4.54, abs=0.005)
+
+
+def test_every_colour_of_a_format_has_an_ink_that_reads_on_white():
+    assert {look["color"] for look in plots.LOOK.values()} <= set(plots.INK)
+    assert min(map(contrast_with_white, plots.INK.values())) >= 4.5
+
+
+def test_no_two_formats_share_a_look():
+    looks = [(look["color"], look["marker"]) for look in plots.LOOK.values()]
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
