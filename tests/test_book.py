@@ -51,7 +51,10 @@ def test_the_search_finds_the_chapter_on_a_word(open_page):
     page.keyboard.type("quantile")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li a")
-    assert "Levels from quantiles" in page.inner_text("#search-results")
+    page.wait_for_selector("#search-results p.context")
+    found = page.inner_text("#search-results")
+    assert "Levels from quantiles" in found
+    assert "Contents" not in found  # it quotes the text, not the list beside it
     assert not notes
 
 

@@ -25,3 +25,14 @@
 
   addEventListener("load", start);
 })();
+
+// What the search quotes of a page is its text, not the bar at its top or its list of contents.
+addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return; // Sphinx's, on the search page alone
+  const textOf = Search.htmlToText;
+  Search.htmlToText = (html, anchor) => {
+    const page = new DOMParser().parseFromString(html, "text/html");
+    for (const part of page.querySelectorAll("main :is(.bd-header-article, #jb-print-docs-body, footer)")) part.remove();
+    return textOf(page.documentElement.outerHTML, anchor);
+  };
+});
