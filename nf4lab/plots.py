@@ -70,6 +70,7 @@ def standings(ax: Axes, table: dict[str, dict[float, float]]) -> None:
     for bits, color, marker, fill in zip(budgets, colors, "v|oDs", fills, strict=False):
         at = [(row[bits], height) for height, row in enumerate(table.values()) if bits in row]
         look = {"marker": marker, "color": color, "fillstyle": fill, "markersize": 8 if marker == "|" else 5}
+        look["zorder"] = 3 if marker in "|D" else 2  # what one can see through lies on top
         ax.plot(*zip(*at, strict=True), linestyle="none", label=f"{bits:g}", **look)
     ax.set(yticks=range(len(table)), yticklabels=list(table), xlabel="signal-to-quantization-noise ratio (dB)",
            ylim=(-0.6, len(table) - 0.4))  # fmt: skip
