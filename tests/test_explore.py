@@ -345,7 +345,7 @@ def test_the_levels_are_those_of_the_package_to_the_bit(opened, explorables):
 
 def set_levels(page, weights, made_for, position, n_levels):
     """Set all four controls; the format and the density that they stand for."""
-    page.get_by_role("group", name="weights that come").get_by_role("radio", name=weights).check()
+    page.get_by_role("group", name="weights to quantize").get_by_role("radio", name=weights).check()
     page.get_by_role("group", name="levels made for").get_by_role("radio", name=made_for).check()
     move(page, "tail probability", position)
     move(page, "number of levels", n_levels)

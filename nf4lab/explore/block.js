@@ -184,8 +184,9 @@ function parts(say) {
     board.append(el("div", { class: "half" }, rows, grid));
   }
   const key = el("figcaption", {},
-    el("span", { class: "key dot" }), "weight, its value above  ", el("span", { class: "key back" }),
-    "what comes back  ", el("span", { class: "key level" }), "levels × absmax. In the grey bands the axis goes on to ±30.");
+    ...[["dot", "weight, its value above"], ["back", "what comes back"], ["level", "levels × absmax"]].map(
+      ([mark, text]) => el("span", { class: "entry" }, el("span", { class: `key ${mark}` }), `${text} `)),
+    el("span", { class: "bands" }, "In the grey bands the axis goes on to ±30."));
   update(false);
   return [el("div", { class: "row" }, outlier, again), el("figure", {}, board, key), detail, out.node];
 }

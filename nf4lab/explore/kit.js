@@ -16,7 +16,7 @@ const svg = (tag, attributes = {}, ...children) =>
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const signed = (text) => text.replace("-", MINUS);
 const fixed = (x, digits) => signed(Math.abs(x) < 0.5 * 10 ** -digits ? (0).toFixed(digits) : x.toFixed(digits));
-const percent = (share, digits = 1) => `${fixed(100 * share, digits)} %`;
+const percent = (share, digits = 1) => `${fixed(100 * share, digits)}%`;
 // Small numbers keep three significant digits without an exponent.
 const short = (x) => (x === 0 ? "0" : fixed(x, clamp(2 - Math.floor(Math.log10(Math.abs(x))), 0, 7)));
 // float32 values travel as base64 of their bytes: exact, and shorter than decimals.

@@ -47,7 +47,7 @@ function parts(say) {
     n: slider({ label: "number of levels", min: 4, max: 2 * LARGEST, value: n, text: String, change: (v) => { n = v; update(); } }),
     family: choice({ label: "levels made for weights that are", options: NAMES.map((k) => [k, k]), value: family,
       change: (k) => { family = k; update(); } }),
-    weights: choice({ label: "weights that come", options: NAMES.map((k) => [k, k]), value: weights,
+    weights: choice({ label: "weights to quantize", options: NAMES.map((k) => [k, k]), value: weights,
       change: (k) => { weights = k; update(); } }),
   };
   const out = readouts({ mse: "mean squared error", entropy: "entropy of the codes", most: "most used code", least: "least used code" });
@@ -66,7 +66,6 @@ function parts(say) {
     const curve = Array.from({ length: 161 }, (_, i) => -1 + i / 80).map((s) => `${x(s).toFixed(1)} ${y(s).toFixed(1)}`);
     const made = [svg("path", { d: `M${x(-1)} ${base}L${curve.join("L")}L${x(1)} ${base}z`, class: "bell" }),
       svg("text", { x: left, y: 12 }, "weights / absmax")];
-    for (const s of [-1, 0, 1]) made.push(svg("text", { x: x(s), y: base + 16, "text-anchor": s < 0 ? "start" : s ? "end" : "middle", class: "scale" }, signed(String(s))));
     const slot = (right - left) / n, top = Math.max(2.2 / n, ...found.usage) * 1.02;
     const bar = (p) => foot - (p / top) * (foot - head);
     for (const edge of found.edges.slice(1, -1)) made.push(svg("line", { x1: x(edge), x2: x(edge), y1: base, y2: y(edge), class: "edge" }));
@@ -77,6 +76,8 @@ function parts(say) {
       made.push(svg("rect", { x: centre - 0.39 * slot, width: 0.78 * slot, y: bar(found.usage[i]), height: foot - bar(found.usage[i]), class: "use" }));
       if (slot > 17 || i % 2 === (n - 1) % 2) made.push(svg("text", { x: centre, y: foot + 15, "text-anchor": "middle" }, String(i)));
     });
+    // After the strings: the paper around each number covers them.
+    for (const s of [-1, 0, 1]) made.push(svg("text", { x: x(s) - 5 * s, y: base + 16, "text-anchor": s < 0 ? "start" : s ? "end" : "middle", class: "scale" }, signed(String(s))));
     made.push(svg("line", { x1: left, x2: right, y1: base, y2: base, class: "axis" }), svg("line", { x1: left, x2: right, y1: foot, y2: foot, class: "axis" }));
     made.push(svg("line", { x1: left, x2: right, y1: bar(1 / n), y2: bar(1 / n), class: "even" }));
     made.push(svg("text", { x: left - 6, y: bar(1 / n) + 4, "text-anchor": "end" }, `1/${n}`));
@@ -93,21 +94,23 @@ function parts(say) {
     const compared = Math.abs(more) < 5e-4 ? "as NF4 on these weights" : `NF4 on these ${more > 0 ? "+" : ""}${percent(more)}`;
     out.set("mse", short(found.mse), compared, found.mse);
     out.set("entropy", `${fixed(found.entropy, 3)} bits`, `${fixed(Math.log2(n), 3)} if all were used alike`, found.entropy);
-    out.set("most", percent(most[0]), `code ${most[1]}, level ${fixed(levels[most[1]], 3)}`, most[0]);
+    out.set("most", percent(most[0], 2), `code ${most[1]}, level ${fixed(levels[most[1]], 3)}`, most[0]);
     out.set("least", percent(least[0], 2), `code ${least[1]}, level ${fixed(levels[least[1]], 3)}`, least[0]);
     plot.node.dataset.levels = levels.join(" ");
     plot.node.dataset.usage = found.usage.join(" ");
     plot.describe(`Above, the density of ${weights} weights divided by the absmax of their block of ${BLOCK}, with ${n} levels made ` +
-      `for ${family} weights. Below, the share of the weights that each code takes, from ${percent(least[0], 2)} to ${percent(most[0])}.`);
+      `for ${family} weights. Below, the share of the weights that each code takes, from ${percent(least[0], 2)} to ${percent(most[0], 2)}.`);
     plot.redraw();
     if (speak) say(`Error ${short(found.mse)}, ${compared}. Entropy ${fixed(found.entropy, 3)} of ${fixed(Math.log2(n), 3)} bits. ` +
-      `Codes take between ${percent(least[0], 2)} and ${percent(most[0])} of the weights.`);
+      `Codes take between ${percent(least[0], 2)} and ${percent(most[0], 2)} of the weights.`);
   }
 
   update(false);
   return [el("div", { class: "controls" }, field.tail.node, field.n.node, field.family.node, field.weights.node),
     el("figure", {}, plot.node, el("figcaption", {},
-      `Above: weights in blocks of ${BLOCK}, divided by absmax, and where the levels stand. Below: how often each code is used; the dashed line is equal use.`)),
+      `Above: weights in blocks of ${BLOCK}, divided by absmax. Solid lines are the levels, dotted ones the boundaries ` +
+      "between them. Below: how often each code is used; the dashed line is equal use. The shares are integrals, " +
+      "exact to the digits shown, not a sample.")),
     out.node, el("div", { class: "row after" }, again)];
 }
 
