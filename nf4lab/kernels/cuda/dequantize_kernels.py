@@ -24,7 +24,7 @@ def v1(packed, absmax, levels, out, n, block_shift, wide):
     i = int64(cuda.grid(1))
     if 2 * i < n:
         byte = packed[i]
-        scale = absmax[(2 * i) >> block_shift]  # both elements of a byte share a block: block_size is even
+        scale = absmax[(2 * i) >> block_shift]  # of both elements: block_size is even
         store(out, 2 * i, levels[byte >> 4] * scale)
         if 2 * i + 1 < n:
             store(out, 2 * i + 1, levels[byte & 15] * scale)
