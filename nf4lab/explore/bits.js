@@ -33,10 +33,10 @@ function parts(say) {
   const out = readouts({ bits: "bits a weight", small: "7 B model", large: "70 B model", error: "error on normal weights" });
   const bar = el("div", { class: "bar", "aria-hidden": "true" });
   const legend = el("p", { class: "legend" });
-  const plot = chart("", (w) => (w < 480 ? 230 : 260), draw);
+  const plot = chart("", (w) => (w < 480 ? 242 : 272), draw);
 
   function draw(w, h) {
-    const box = { left: 46, right: w - 14, top: 14, bottom: h - 38 };
+    const box = { left: 46, right: w - 14, top: 26, bottom: h - 38 };
     // The axis is logarithmic in what the constants take: the settings crowd next to 4 bits.
     const extra = SCHEMES.flatMap((c) => SIZES.map((n) => total(c, n) - CODE_BITS));
     const [lo, hi] = [Math.log(Math.min(...extra) / 1.3), Math.log(Math.max(...extra) * 1.2)];
@@ -53,6 +53,7 @@ function parts(say) {
       made.push(svg("text", { x: box.left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick.toFixed(3)));
       made.push(svg("line", { x1: box.left, x2: box.right, y1: y(tick), y2: y(tick), class: "grid" }));
     }
+    made.push(svg("text", { x: 0, y: 12 }, "mean squared error"));
     made.push(svg("line", { x1: x(BUDGET), x2: x(BUDGET), y1: box.top, y2: box.bottom, class: "budget" }));
     made.push(svg("text", { x: x(BUDGET) + 6, y: box.top + 11, class: "strong" }, `← within ${BUDGET}`));
     for (const s of SCHEMES) {
@@ -78,11 +79,11 @@ function parts(say) {
     out.set("bits", fixed(bits, 6).replace(/\.?0+$/, ""), fits ? `✓ within ${BUDGET}` : `✗ above ${BUDGET}`, bits);
     for (const [key, billions] of [["small", MODELS[0]], ["large", MODELS[1]]]) {
       const gb = gigabytes(billions, bits);
-      out.set(key, `${fixed(gb, 2)} GB`, `${fixed(gb / 1.073741824, 2)} GiB; bfloat16 ${gigabytes(billions, 16)} GB`, gb);
+      out.set(key, `${fixed(gb, 2)}\u00a0GB`, `${fixed(gb / 1.073741824, 2)}\u00a0GiB; bfloat16\u00a0${gigabytes(billions, 16)}\u00a0GB`, gb);
     }
     const best = SCHEMES.flatMap((s) => s.mse.filter((_, i) => total(s, SIZES[i]) <= BUDGET));
     const least = fits && scheme.mse[at] === Math.min(...best);
-    out.set("error", short(scheme.mse[at]), least ? "★ the least within the budget" : "mean squared, variance 1", scheme.mse[at]);
+    out.set("error", short(scheme.mse[at]), least ? "★ the least within the budget" : "mean squared, variance\u00a01", scheme.mse[at]);
     plot.describe(`Mean squared error against bits a weight, ${SCHEMES.length} ways to store constants at ${SIZES.length} ` +
       `block sizes. Chosen: ${scheme.long}, blocks of ${n}: ${fixed(bits, 4)} bits, error ${short(scheme.mse[at])}.`);
     plot.redraw();
@@ -95,7 +96,7 @@ function parts(say) {
     el("figure", {}, bar, legend), out.node,
     el("figure", {}, plot.node, el("figcaption", {},
       "Each dot is a setting, one of five ways to store an absmax in blocks of one of nine sizes. " +
-      "Joined: the way you chose. Diamond: your setting. Upwards: mean squared error."))];
+      "Joined: the way you chose. Diamond: your setting."))];
 }
 
 mount("bits", CSS, {

@@ -39,7 +39,7 @@ function parts(say) {
   const caption = el("caption");
   const table = el("table", {}, caption, el("thead", {}, el("tr", {},
     ...["format", "block", "bits", "error", "× least"].map((text) => el("th", { scope: "col" }, text)))), body);
-  const plot = chart("", (w) => (w < 480 ? 280 : 330), draw);
+  const plot = chart("", (w) => (w < 480 ? 298 : 348), draw);
 
   function symbol(format) {
     const { color, marker, dash } = LOOKS[format];
@@ -65,13 +65,13 @@ function parts(say) {
 
   function draw(w, h) {
     const roomy = w >= 480, shown = FORMATS.filter((format) => on.has(format));
-    const box = { left: 44, right: w - (roomy ? 104 : 10), top: 8, bottom: h - 38 };
+    const box = { left: 44, right: w - (roomy ? 104 : 10), top: 26, bottom: h - 38 };
     const all = shown.flatMap((format) => SOURCES[source].formats[format].mse);
     const [low, high] = all.length ? [Math.min(...all) / 1.12, Math.max(...all) * 1.12] : [0.005, 0.03];
     const y = (e) => box.bottom - (Math.log(e / low) / Math.log(high / low)) * (box.bottom - box.top);
     const first = slide * ENDS[0], last = STEPS[STEPS.length - 1] * (1 - slide) + slide * ENDS[1];
     const x = (step) => box.left + 10 + ((step - first) / (last - first)) * (box.right - box.left - 20);
-    const made = [];
+    const made = [svg("text", { x: 0, y: 12 }, "mean squared error over the variance")];
     for (const tick of [0.001, 0.002, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2]) {
       if (tick < low || tick > high) continue;
       made.push(svg("line", { x1: box.left, x2: box.right, y1: y(tick), y2: y(tick), class: "grid" }),
@@ -101,7 +101,10 @@ function parts(say) {
       labels.sort((a, b) => a[2] - b[2]);
       labels.forEach((label, i) => { if (i) label[2] = Math.max(label[2], labels[i - 1][2] + 14); });
       for (let i = labels.length - 1, floor = box.bottom + 2; i >= 0; i--, floor -= 14) labels[i][2] = Math.min(labels[i][2], floor);
-      for (const [format, , py] of labels) made.push(svg("text", { x: box.right + 6, y: py + 4, class: "strong" }, format));
+      for (const [format, , py] of labels) {
+        const style = `fill:color-mix(in srgb, var(--${LOOKS[format].color}) 70%, var(--ink))`;
+        made.push(svg("text", { x: box.right + 6, y: py + 4, class: "strong", style }, format));
+      }
     }
     return made;
   }
