@@ -9,7 +9,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
 )  # fmt: skip
 
-# The same colours for text, darker: 4.5 to 1 against white, where lines and marks need 3 to 1 at most.
+# The same colours for text, darker: at least 4.5 to 1 against white, as WCAG 2.2 asks (1.4.3).
 INK = {
     BLACK: BLACK, ORANGE: "#8a5f00", SKY: "#1c6d9e", GREEN: "#00714f", YELLOW: "#6f6800", BLUE: "#00649c",
     VERMILION: "#a84a00", PURPLE: "#9c4a7c",
@@ -29,7 +29,7 @@ LOOK = {
 def use_style() -> None:
     """Set matplotlib to the book's figures: constrained layout, open axes, sharp on a dense screen.
 
-    4.8 x 2.8 inches, or 528 pixels: a phone shows them at six tenths, where 10.5 points are as large as a caption.
+    4.8 x 2.8 inches, 528 pixels wide: in the 328 of a phone's column, text of 10.5 points is 10 pixels high.
     """
     plt.rcParams.update(
         {

@@ -68,6 +68,21 @@ def test_what_goes_on_beyond_its_box_fades_until_it_is_scrolled_to_its_end(open_
     page.wait_for_selector("#first:not(.goes-on)")
 
 
+def test_42_characters_of_an_output_fit_a_phone(open_page):
+    page, _ = open_page(f"{PAGES[4]}.html", 360)
+    beyond = """length => {
+      const output = document.querySelector("main .cell_output pre");
+      output.textContent = "0".repeat(length);
+      return output.scrollWidth - output.clientWidth;
+    }"""
+    assert page.evaluate(beyond, 42) <= 0 < page.evaluate(beyond, 46)
+
+
+def test_the_list_of_pages_fits_a_window_of_900_pixels(open_page):
+    page, _ = open_page(f"{PAGES[4]}.html")
+    assert page.evaluate("document.querySelector('.bd-sidebar-primary').scrollHeight") <= 900
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_figure_is_followed_by_its_caption(open_page, name):
     page, _ = open_page(f"{name}.html")

@@ -86,7 +86,6 @@ def test_the_api_page_has_no_section_without_content():
     assert not re.search(r'<dd class="field-(odd|even)">\s*(<p>\s*</p>)?\s*</dd>|Raises:\s*</p>', page)
 
 
-@built
 def test_the_inventories_are_what_sphinx_reads():
     inventory = pytest.importorskip("sphinx.util.inventory").InventoryFile
     found = outside.projects(outside.LIST.read_text())

@@ -1,5 +1,6 @@
 """The book's figures: colours that can be read."""
 
+import matplotlib.pyplot as plt
 import pytest
 
 from nf4lab import plots
@@ -25,3 +26,12 @@ def test_every_colour_of_a_format_has_an_ink_that_reads_on_white():
 def test_no_two_formats_share_a_look():
     looks = [(look["color"], look["marker"]) for look in plots.LOOK.values()]
     assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+
+
+def test_a_figure_is_528_pixels_wide_and_its_text_10_high_on_a_phone():
+    with plt.rc_context():
+        plots.use_style()
+        width = plt.rcParams["figure.figsize"][0] * plt.rcParams["figure.dpi"]
+        text = plt.rcParams["font.size"] / 72 * plt.rcParams["figure.dpi"]
+    assert width == pytest.approx(528)
+    assert round(text * 328 / width) == 10
