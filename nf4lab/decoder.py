@@ -29,6 +29,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin.to(dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """The logits of the token that follows each position."""
         n = ids.shape[1]
         if n > self.max_len:
             raise ValueError(f"{n} positions do not fit in max_len={self.max_len}")
@@ -49,6 +50,7 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(d_model, 8 * d_model // 3, dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, n, d_model) to the same shape; cos, sin: the first n rows of `rotary_tables`."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -66,6 +68,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d_model, d_model, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, n, d_model) to the same shape; cos, sin: as for `DecoderBlock`."""
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
@@ -86,6 +89,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, d_model, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (…, d_model) to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -263,6 +263,7 @@ class Linear4bit(nn.Module):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
+        """What repr shows between the brackets."""
         q = self.quantized
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

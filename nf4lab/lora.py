@@ -59,6 +59,7 @@ class LoRALinear(nn.Module):
         return merged.to(dtype).requires_grad_().train(self.training)
 
     def extra_repr(self) -> str:
+        """What repr shows between the brackets."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 

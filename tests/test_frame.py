@@ -197,3 +197,9 @@ def test_the_teaching_page_leads_to_every_lab_and_to_the_guide():
     for path in (ROOT / "labs").glob("lab?/lab?.ipynb"):
         assert re.search(rf'href="https://colab[^"]+/{path.relative_to(ROOT)}"', page), path
     assert re.search(r'href="https://github.com/[^"]+/labs/README.md"', page)
+
+
+@built
+def test_the_api_page_has_no_words_of_torch():
+    page = (SITE / "book" / "api.html").read_text()
+    assert not re.search("Define the computation performed at every call|To print customized extra information", page)
