@@ -53,6 +53,9 @@ def notebook_of(chapter: Path) -> nbformat.NotebookNode:
     """The chapter as a notebook: its cells without outputs, and the setup cell after the title."""
     notebook = jupytext.read(chapter)
     notebook.cells = split_title(notebook.cells)
+    for cell in notebook.cells:
+        if "checks" in cell.metadata.get("tags", []):
+            cell.metadata["cellView"] = "form"  # Colab shows its title and folds its code
     notebook.cells.insert(1, nbformat.v4.new_code_cell(setup_cell(), metadata={"tags": ["setup"]}))
     notebook.metadata = metadata_for_colab(notebook)
     number(notebook.cells)

@@ -1,4 +1,8 @@
-"""The book's figure style, and the few figures that more than one page needs."""
+"""The book's figure style, its tables, and the few figures that more than one page needs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -50,6 +54,54 @@ def use_style() -> None:
     except ModuleNotFoundError:  # not in a notebook
         return
     set_matplotlib_formats("retina")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings: HTML in a notebook, aligned columns in a terminal."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: tuple[bool, ...]  # which columns hold numbers
+
+    def _repr_html_(self) -> str:
+        head = self._cells('th scope="col"', self.heads)
+        body = "".join(f"<tr>{self._cells('td', row)}</tr>" for row in self.rows)
+        return f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+    def _cells(self, tag: str, row: tuple[str, ...]) -> str:
+        sides = ("right" if right else "left" for right in self.right)
+        cells = zip(sides, map(escape, row), strict=True)
+        return "".join(f'<{tag} style="text-align: {side}">{text}</{tag[:2]}>' for side, text in cells)
+
+    def __repr__(self) -> str:
+        lines = (self.heads, *self.rows)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        cells = (
+            [text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, self.right, strict=True)]
+            for line in lines
+        )
+        return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence], formats: Sequence[str] | None = None) -> Table:
+    """A table for a page, the last expression of its cell: a heading for each column, then rows of values.
+
+    formats: one format specification a column, such as ".2f" or ",d"; "" shows a value as `str` does. A column of
+    numbers is set to the right. Raises ValueError where a row, or the formats, are not as long as the headings.
+
+    >>> table(("bits", "dB"), [(3, 14.789), (4, 20.1)], ("d", ".2f"))
+    bits     dB
+       3  14.79
+       4  20.10
+    """
+    rows, formats = [tuple(row) for row in rows], formats or [""] * len(heads)
+    for row in (formats, *rows):
+        if len(row) != len(heads):
+            raise ValueError(f"{len(heads)} headings, but {len(row)} values in {row!r}")
+    right = (all(not isinstance(row[i], str) for row in rows) for i in range(len(heads)))
+    text = (tuple(f"{value:{spec}}" for value, spec in zip(row, formats, strict=True)) for row in rows)
+    return Table(tuple(heads), tuple(text), tuple(right))
 
 
 def level_ticks(ax: Axes, levels: Tensor, height: float, name: str, **look) -> None:

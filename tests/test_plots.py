@@ -1,4 +1,4 @@
-"""The book's figures: colours that can be read."""
+"""The book's figures and tables: colours that can be read, columns that line up."""
 
 import matplotlib.pyplot as plt
 import pytest
@@ -35,3 +35,18 @@ def test_a_figure_is_528_pixels_wide_and_its_text_10_high_on_a_phone():
         text = plt.rcParams["font.size"] / 72 * plt.rcParams["figure.dpi"]
     assert width == pytest.approx(528)
     assert round(text * 328 / width) == 10
+
+
+def test_a_table_is_html_in_a_notebook_and_columns_in_a_terminal():
+    found = plots.table(("format", "MSE"), [("nf4", 0.00846), ("a < b", 12)], ("", ".4f"))
+    assert repr(found) == "format      MSE\nnf4      0.0085\na < b   12.0000"
+    html = found._repr_html_()
+    assert html.count("<tr>") == 3 and "a &lt; b" in html
+    assert '<th scope="col" style="text-align: right">MSE' in html and '<td style="text-align: left">nf4' in html
+
+
+def test_a_row_of_another_length_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"2 headings, but 3 values in \(1, 2, 3\)"):
+        plots.table(("a", "b"), [(1, 2, 3)])
+    with pytest.raises(ValueError, match="2 headings, but 1 values"):
+        plots.table(("a", "b"), [], ("d",))

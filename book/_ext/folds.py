@@ -1,15 +1,15 @@
-"""What a folded cell is called: the code of a figure, or the solution of an exercise."""
+"""What a folded cell is called: the code of a figure, the checks of a section, or the code of a solution."""
 
 from docutils import nodes
 from myst_nb.sphinx_ import HideCodeCellNode, HideInputCells, depart_HideCellInput, visit_HideCellInput
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
-CALLED = {"input": "the code", "output": "the output", "input+output": "the cell", "all": "the solution"}
+CALLED = {"input": "the code", "output": "the output", "input+output": "the cell", "all": "the solution's code"}
 
 
 class NameFolds(SphinxPostTransform):
-    """Name each fold by what it hides: `hide-cell` marks solutions, `hide-input` code that only plots."""
+    """Name each fold by what it hides: `hide-cell` marks solutions, `hide-input` code that only plots or checks."""
 
     default_priority = HideInputCells.default_priority - 1
     formats = ("html",)
@@ -17,7 +17,8 @@ class NameFolds(SphinxPostTransform):
     def run(self, **kwargs) -> None:
         for cell in self.document.findall(nodes.container):
             if mode := cell.get("hide_mode"):
-                cell["prompt_show"], cell["prompt_hide"] = (f"{verb} {CALLED[mode]}" for verb in ("Show", "Hide"))
+                called = "the checks" if "tag_checks" in cell["classes"] else CALLED[mode]
+                cell["prompt_show"], cell["prompt_hide"] = f"Show {called}", f"Hide {called}"
 
 
 def visit(translator, node: HideCodeCellNode) -> None:
