@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nf4lab import backends
-from nf4lab.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
 from nf4lab.formats import Format, as_format
-from nf4lab.packing import pack, unpack
+from nf4lab.formats.packing import pack, unpack
 
 BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -1,6 +1,6 @@
 """What a format costs on a density, by quadrature: expected errors and code usage, without a single sample.
 
-The block's extremes are summed over (nf4lab.extremes); between them every weight is an independent draw, and its
+The block's extremes are summed over (nf4lab.codebooks.extremes); between them every weight is an independent draw, and its
 error is an integral over the cells of the levels. `density` is a scipy.stats distribution, frozen or not.
 """
 
@@ -13,8 +13,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from nf4lab import extremes, formats
-from nf4lab.extremes import Extremes
+from nf4lab import formats
+from nf4lab.codebooks import extremes
+from nf4lab.codebooks.extremes import Extremes
 from nf4lab.formats import Format, as_format
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(5)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import nf4lab
-from nf4lab import tensorfile
+from nf4lab.checkpoints import tensorfile
 
 
 @pytest.fixture(scope="module")

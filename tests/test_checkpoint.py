@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 import nf4lab
-from nf4lab.checkpoint import opened
-from nf4lab.checkpoint_keys import from_parts, parts_of
+from nf4lab.checkpoints.files import opened
+from nf4lab.checkpoints.keys import from_parts, parts_of
 
 
 def weight(*shape, seed=0, dtype=torch.float32):

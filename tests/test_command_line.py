@@ -57,7 +57,7 @@ def test_inspect_lists_every_tensor_with_its_format_shape_bits_and_bytes(checkpo
 
 
 def test_inspect_reads_headers_and_not_tensors(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("nf4lab.tensorfile.TensorFile.read", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr("nf4lab.checkpoints.tensorfile.TensorFile.read", lambda self, name: pytest.fail(f"{name} was read"))
     assert main(["inspect", str(checkpoint)]) == 0
     assert "up.weight" in capsys.readouterr().out
 
@@ -92,14 +92,14 @@ def test_every_command_helps(capsys):
 
 KILLED = """
 import os, signal, sys
-import nf4lab.convert
-quantize, calls = nf4lab.convert.quantize, []
+import nf4lab.checkpoints.convert
+quantize, calls = nf4lab.checkpoints.convert.quantize, []
 def killing(*arguments, **named):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.{signal})
     return quantize(*arguments, **named)
-nf4lab.convert.quantize = killing
+nf4lab.checkpoints.convert.quantize = killing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
 from nf4lab.__main__ import main
 sys.exit(main(["quantize", *sys.argv[1:], "--quiet"]))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nf4lab
-from nf4lab.double_quant import MAPS
+from nf4lab.formats.double_quant import MAPS
 
 SCHEMES = [nf4lab.DoubleQuant(map, centred) for map in MAPS for centred in (True, False)]
 

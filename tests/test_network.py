@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import nf4lab
-from nf4lab import network
+from nf4lab.layers import swap
 
 
 class Twice(nn.Linear):
@@ -147,8 +147,8 @@ def test_a_layer_of_zeros_has_no_error():
 def test_long_work_shows_a_bar_and_short_work_does_not(monkeypatch, capsys):
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16)))
     assert capsys.readouterr().err == ""
-    tqdm = network.tqdm
-    monkeypatch.setattr(network, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"delay": 0}))
+    tqdm = swap.tqdm
+    monkeypatch.setattr(swap, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"delay": 0}))
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     assert "2/2" in capsys.readouterr().err
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16)), progress=False)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf4lab.packing import pack, unpack
+from nf4lab.formats.packing import pack, unpack
 
 codes_lists = st.lists(st.integers(0, 15), max_size=257)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nf4lab import league
 from nf4lab.blockwise import DTYPES
-from nf4lab.checkpoint import opened
-from nf4lab.tensorfile import TensorFile
+from nf4lab.checkpoints.files import opened
+from nf4lab.checkpoints.tensorfile import TensorFile
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
            "bits_per_weight", "mse", "mae", "relative_mse", "sqnr_db")  # fmt: skip

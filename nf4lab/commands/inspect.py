@@ -3,9 +3,9 @@
 import argparse
 import math
 
-from nf4lab.checkpoint import opened, stored_tensors
-from nf4lab.checkpoint_keys import STATES, describe
-from nf4lab.tensorfile import TensorFile
+from nf4lab.checkpoints.files import opened, stored_tensors
+from nf4lab.checkpoints.keys import STATES, describe
+from nf4lab.checkpoints.tensorfile import TensorFile
 
 COLUMNS = ("tensor", "stored as", "shape", "bits", "bytes")
 

@@ -3,7 +3,7 @@
 import argparse
 
 from nf4lab.blockwise import BLOCK_SIZES
-from nf4lab.convert import EXCLUDE, INCLUDE, quantize_checkpoint
+from nf4lab.checkpoints.convert import EXCLUDE, INCLUDE, quantize_checkpoint
 from nf4lab.formats import FORMATS
 
 

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from nf4lab import lloyd
+from nf4lab.codebooks import lloyd
 
 
 def optimal(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4lab.double_quant import MAPS, QuantizedConstants
+from nf4lab.formats.double_quant import MAPS, QuantizedConstants
 from nf4lab.formats import Format, min_max
 
 BACKENDS = ("torch", "cpu", "cuda")

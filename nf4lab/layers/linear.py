@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nf4lab import backends
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
-from nf4lab.checkpoint_keys import from_parts, parts_of
-from nf4lab.double_quant import DoubleQuant, QuantizedConstants
+from nf4lab.checkpoints.keys import from_parts, parts_of
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.formats import Format
 
 # --- a QuantizedTensor as arguments of an op

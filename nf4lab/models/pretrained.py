@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nf4lab.decoder import Decoder
+from nf4lab.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from glassllm import Tokenizer

@@ -11,8 +11,6 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from nf4lab.block_codebooks import af4, bof4, bof4_s, fit, optimal  # noqa: F401  they are codebooks too
-
 # The outermost probability: half-way between the last midpoints of 15 and of 16 levels. It was published with seven
 # digits, and that rounding is part of the format: without it 12 of the 16 float32 levels come out different.
 TAIL = round((29 / 30 + 31 / 32) / 2, 7)

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.checkpoint_keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
-from nf4lab.tensorfile import TensorFile, appearing_whole, header_room, without_duplicates, writing
+from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
+from nf4lab.checkpoints.tensorfile import TensorFile, appearing_whole, header_room, without_duplicates, writing
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers opens no file without it

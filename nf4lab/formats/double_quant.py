@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nf4lab import codebooks
 from nf4lab.formats import Format
-from nf4lab.packing import pack, unpack
+from nf4lab.formats.packing import pack, unpack
 
 MAPS = {
     row.name: row

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nf4lab.linear import Linear4bit
-from nf4lab.network import Choice, choose_layers, is_plain_linear, replace_layer
+from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 
 
 class LoRALinear(nn.Module):

@@ -16,7 +16,7 @@ import scipy.interpolate
 import scipy.optimize
 import scipy.stats
 
-from nf4lab import extremes
+from nf4lab.codebooks import extremes
 
 POWER = {"mse": 2, "mae": 1}
 GRID = np.sinh(np.linspace(-5, 5, 801)) / np.sinh(5)  # -1 to 1, dense about zero, where heavy tails have their peak

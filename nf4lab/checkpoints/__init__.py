@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors files, what is stored in them of a quantized tensor, whole checkpoints converted."""
