@@ -60,16 +60,16 @@ def contenders(x):
 def prepared_quantize(x):
     """The kernel alone, on arrays that exist."""
     packed, scale = torch.zeros(x.numel() // 2, dtype=torch.uint8), torch.zeros(x.numel() // BLOCK)
-    arrays = [backends._array(t) for t in (x, scale, None, packed)]
-    table, kind = backends._quantize_table(nf4lab.FORMATS["nf4"]), backends._kind(x.dtype)
-    return lambda: cpu.quantize(arrays[0], kind, table, cpu.ABSMAX, BLOCK, *arrays[1:], backends._threads())
+    arrays = [backends.cpu._array(t) for t in (x, scale, None, packed)]
+    table, kind = backends.cpu._quantize_table(nf4lab.FORMATS["nf4"]), backends.cpu._kind(x.dtype)
+    return lambda: cpu.quantize(arrays[0], kind, table, cpu.ABSMAX, BLOCK, *arrays[1:], backends.cpu._threads())
 
 
 def ladder(n):
     """(operation, version, output) -> call, for every version of the kernels on n float32."""
     format, x = nf4lab.FORMATS["nf4"], torch.randn(n).numpy()
     packed, scale, none = np.zeros(n // 2, np.uint8), np.zeros(n // BLOCK, np.float32), np.zeros(0, np.float32)
-    out, levels, threads = np.zeros(n, np.float32), format.levels.numpy(), backends._threads()
+    out, levels, threads = np.zeros(n, np.float32), format.levels.numpy(), backends.cpu._threads()
     boundaries, ascending = format.boundaries.numpy(), format.ascending.to(torch.uint8).numpy()
     quantize = (x, cpu.FLOAT32, cpu.codebook_table(boundaries, ascending), cpu.ABSMAX, BLOCK, scale, none, packed)
     dequantize = (packed, cpu.level_pairs(levels), scale, none, BLOCK, cpu.FLOAT32, out)
@@ -157,7 +157,7 @@ def provenance():
     packages = ("torch", "numba", "llvmlite", "numpy", "bitsandbytes")
     return {
         "cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
-        "threads": backends._threads(), "torch_threads": torch.get_num_threads(),
+        "threads": backends.cpu._threads(), "torch_threads": torch.get_num_threads(),
         "vector_extensions": sorted(set(re.findall(r"\b(?:avx2|avx512[a-z]*|f16c|fma)\b", cpuinfo))),
         "kernel": platform.release(), "transparent_huge_pages": huge_pages.read_text().strip(),
         "python": platform.python_version(), **{name: version(name) for name in packages},

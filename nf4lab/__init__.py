@@ -1,14 +1,14 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor, dequantize, quantize
-from nf4lab.checkpoints.files import iterate_quantized, load_quantized, save_quantized
 from nf4lab.checkpoints.convert import quantize_checkpoint
-from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
+from nf4lab.checkpoints.files import iterate_quantized, load_quantized, save_quantized
 from nf4lab.formats import FORMATS, Format
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.lora import LoRALinear, add_lora_, merge_lora_
-from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, shannon_limit, sqnr_db
 from nf4lab.layers.swap import QuantizedLayer, QuantizedLayers, quantize_model_
+from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, shannon_limit, sqnr_db
 
 __version__ = "0.1.0"
 __all__ = [

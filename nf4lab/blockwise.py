@@ -1,24 +1,23 @@
-"""Quantize in blocks and back: the reference, in plain torch, and the hand-over to a kernel where one fits.
+"""Quantize in blocks and back: what is asked for, checked, and handed to a backend.
 
 A tensor is read in row-major order and cut into blocks of `block_size` elements, across rows; the last block may be
-shorter. Each block gets its own constants. The work is done in chunks, so that a large tensor needs no large helpers.
+shorter. Each block gets its own constants.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nf4lab import backends
-from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
+from nf4lab.backends.reference import chunks
 from nf4lab.formats import Format, as_format
-from nf4lab.formats.packing import pack, unpack
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
+from nf4lab.formats.packing import unpack
 
 BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CHUNK = 2**20  # elements handled at once, at most; a multiple of every block size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,7 +162,7 @@ def quantize(
     _check_arguments(x, format, block_size, scheme)
     flat = x.detach().reshape(-1)
     n = flat.numel()
-    quantize_flat = QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
+    quantize_flat = backends.QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
     tensor_scale = format.scale_of_tensor(flat)
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size, tensor_scale)
     if quantized is None:
@@ -199,52 +198,8 @@ def dequantize(
     else:
         _check_out(out, q, dtype)
         target = out
-    DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)](q, target)
+    backends.DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)](q, target)
     return target
-
-
-def _quantize_torch(
-    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """(packed, scale, location) of flat (n,), chunk by chunk; None if a value is not finite in float32."""
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    constants = []
-    for start, stop, width in _chunks(flat.numel(), block_size):
-        values = flat[start:stop].float()
-        if not values.isfinite().all():
-            return None
-        codes, *scale_and_location = format.encode(values.reshape(-1, width), tensor_scale)
-        packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
-        constants.append(scale_and_location)
-    scale, location = (None if None in parts else torch.cat(parts) for parts in zip(*constants, strict=True))
-    return packed, scale, location
-
-
-def _dequantize_torch(q: QuantizedTensor, out: Tensor) -> None:
-    """What q stands for into the contiguous tensor out, chunk by chunk."""
-    scale, location, flat = q.scale, q.location, out.reshape(-1)
-    for start, stop, width in _chunks(q.numel, q.block_size):
-        codes = unpack(q.packed[start // 2 : (stop + 1) // 2], stop - start).reshape(-1, width)
-        blocks = slice(start // q.block_size, -(-stop // q.block_size))
-        values = q.format.decode(codes, scale[blocks], None if location is None else location[blocks])
-        flat[start:stop] = values.reshape(-1)
-
-
-QUANTIZE = {"torch": _quantize_torch, **backends.QUANTIZE}
-DEQUANTIZE = {"torch": _dequantize_torch, **backends.DEQUANTIZE}
-
-
-def _chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, block width) over n elements: runs of whole blocks, then the short last block alone.
-
-    A run is a sixteenth of the whole, within limits: its float32 helpers, five or so, stay smaller than the tensor.
-    """
-    whole = n - n % block_size
-    run = min(max(n // 16 // 4096 * 4096, 2**16), CHUNK)
-    for start in range(0, whole, run):
-        yield start, min(start + run, whole), block_size
-    if whole < n:
-        yield whole, n, n - whole
 
 
 def _decoded(constants: Tensor | QuantizedConstants) -> Tensor:
@@ -307,7 +262,7 @@ def _describe_non_finite(x: Tensor) -> str:
     flat = x.detach().reshape(-1)
     nan = infinite = 0
     first = None
-    for start, stop, _ in _chunks(flat.numel(), BLOCK_SIZES[-1]):
+    for start, stop, _ in chunks(flat.numel(), BLOCK_SIZES[-1]):
         values = flat[start:stop].float()
         nan += values.isnan().sum().item()
         infinite += values.isinf().sum().item()

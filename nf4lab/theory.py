@@ -1,7 +1,7 @@
 """What a format costs on a density, by quadrature: expected errors and code usage, without a single sample.
 
-The block's extremes are summed over (nf4lab.codebooks.extremes); between them every weight is an independent draw, and its
-error is an integral over the cells of the levels. `density` is a scipy.stats distribution, frozen or not.
+The block's extremes are summed over (nf4lab.codebooks.extremes); between them every weight is an independent draw, and
+its error is an integral over the cells of the levels. `density` is a scipy.stats distribution, frozen or not.
 """
 
 from dataclasses import dataclass, replace

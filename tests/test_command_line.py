@@ -11,6 +11,7 @@ import torch
 
 import nf4lab
 from nf4lab.__main__ import COMMANDS, main
+from nf4lab.checkpoints.tensorfile import TensorFile
 
 MIB = 2**20
 
@@ -57,7 +58,7 @@ def test_inspect_lists_every_tensor_with_its_format_shape_bits_and_bytes(checkpo
 
 
 def test_inspect_reads_headers_and_not_tensors(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("nf4lab.checkpoints.tensorfile.TensorFile.read", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(TensorFile, "read", lambda self, name: pytest.fail(f"{name} was read"))
     assert main(["inspect", str(checkpoint)]) == 0
     assert "up.weight" in capsys.readouterr().out
 

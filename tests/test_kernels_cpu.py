@@ -352,7 +352,7 @@ def test_the_kernels_take_over_at_the_size_that_backends_names(n, expected):
 
 
 def test_torch_compile_sees_the_reference():
-    q = nf4lab.quantize(gaussian(backends.HUGE_PAGES_FROM // 4))
+    q = nf4lab.quantize(gaussian(backends.cpu.HUGE_PAGES_FROM // 4))
     compiled = torch.compile(lambda: q.dequantize(), backend="eager", fullgraph=True)
     assert same_bytes(compiled(), q.dequantize())
 
@@ -456,7 +456,7 @@ HASH = """
 
 
 def test_one_numba_thread_gives_the_same_bytes():
-    script = HASH + "    print(work(), nf4lab.backends._threads())"
+    script = HASH + "    print(work(), nf4lab.backends.cpu._threads())"
     alone, threads = run_python(script, NUMBA_NUM_THREADS="1").split()
     assert threads == "1"
     assert alone == run_python(script).split()[0]

@@ -1,3 +1,18 @@
-"""Who does the work: the torch reference, the numba kernels on the CPU, or those on a GPU. All give the same bytes."""
+"""Who does the work: the torch reference, the numba kernels on the CPU, or those on a GPU. All give the same bytes.
 
-from nf4lab.backends.choice import *  # noqa: F403
+choice      which of them serves a tensor
+reference   plain torch, on any device
+cpu, cuda   what the kernels take, made of tensors and formats
+
+A backend is two functions, with the signatures of `reference.quantize` and `reference.dequantize`, and an entry in the
+two tables here.
+"""
+
+from nf4lab.backends import cpu, cuda, reference
+from nf4lab.backends.choice import CPU_FROM, choose
+from nf4lab.backends.cpu import empty
+
+QUANTIZE = {"torch": reference.quantize, "cpu": cpu.quantize, "cuda": cuda.quantize}
+DEQUANTIZE = {"torch": reference.dequantize, "cpu": cpu.dequantize, "cuda": cuda.dequantize}
+
+__all__ = ["CPU_FROM", "DEQUANTIZE", "QUANTIZE", "choose", "empty"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from nf4lab.blockwise import DTYPES, quantize
 from nf4lab.checkpoints.files import METADATA, checkpoint_path, opened, write_index
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, parts_of
-from nf4lab.formats.double_quant import DoubleQuant, as_double_quant
-from nf4lab.formats import Format, as_format
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile, TensorWriter, header_room, writing
+from nf4lab.formats import Format, as_format
+from nf4lab.formats.double_quant import DoubleQuant, as_double_quant
 
 INCLUDE = ("*.weight",)
 # What `transformers` leaves alone too: embeddings, which are looked up and not multiplied, and the output head.

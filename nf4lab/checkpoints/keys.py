@@ -22,9 +22,9 @@ from torch import Tensor
 
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor
 from nf4lab.blockwise import DTYPES as ORIGINAL_DTYPES
-from nf4lab.formats.double_quant import MAPS, DoubleQuant, QuantizedConstants
-from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max, power_of_two, signed_absmax
 from nf4lab.checkpoints.tensorfile import is_shape, without_duplicates
+from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max, power_of_two, signed_absmax
+from nf4lab.formats.double_quant import MAPS, DoubleQuant, QuantizedConstants
 
 BITSANDBYTES_STATES = {f".quant_state.bitsandbytes__{name}": name for name in ("nf4", "fp4")}
 NF4LAB_STATE = ".quant_state.nf4lab"

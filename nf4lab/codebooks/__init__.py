@@ -8,8 +8,21 @@ extremes   how the extremes of a random block are distributed
 
 from nf4lab.codebooks.blocks import af4, bof4, bof4_s, fit, optimal
 from nf4lab.codebooks.closed import (
-    TAIL, cube_root, dynamic_map, e2m1, fp4, iq4_nl, lloyd_max, nf4, quantile_midpoints, sf4, side_quantiles,
-    split_quantiles, symmetric_int, twos_complement, uniform,
+    TAIL,
+    cube_root,
+    dynamic_map,
+    e2m1,
+    fp4,
+    iq4_nl,
+    lloyd_max,
+    nf4,
+    quantile_midpoints,
+    sf4,
+    side_quantiles,
+    split_quantiles,
+    symmetric_int,
+    twos_complement,
+    uniform,
 )  # fmt: skip
 
 __all__ = [

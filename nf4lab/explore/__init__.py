@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nf4lab import codebooks, metrics, models, plots
 from nf4lab.blockwise import BLOCK_SIZES, quantize
-from nf4lab.formats.double_quant import MAPS, DoubleQuant
 from nf4lab.codebooks import extremes
 from nf4lab.explore import traces
 from nf4lab.explore.page import Explorable, float32_base64
 from nf4lab.formats import FORMATS
+from nf4lab.formats.double_quant import MAPS, DoubleQuant
 
 __all__ = ["Explorable", "bits", "block", "levels", "warp", "who_wins"]
 

@@ -1,3 +1,17 @@
-"""A format: how a block is normalised, which levels it is rounded to, how its constants are stored."""
+"""Formats: how a block is normalised, which levels it is rounded to, how its codes and constants are stored.
 
-from nf4lab.formats.format import *  # noqa: F403
+normalizations   what a block is scaled by, and shifted by
+format           a format, and the one formula by which all are decoded
+table            every format by name
+double_quant     constants quantized too
+packing          codes in bytes
+"""
+
+from nf4lab.formats.format import SEARCH, Format
+from nf4lab.formats.normalizations import Normalization, absmax, mean_std, min_max, power_of_two, signed_absmax
+from nf4lab.formats.table import FORMATS, as_format
+
+__all__ = [
+    "FORMATS", "SEARCH", "Format", "Normalization", "absmax", "as_format", "mean_std", "min_max", "power_of_two",
+    "signed_absmax",
+]  # fmt: skip

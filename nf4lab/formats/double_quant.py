@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nf4lab import codebooks
-from nf4lab.formats import Format
+from nf4lab.formats.format import Format
 from nf4lab.formats.packing import pack, unpack
 
 MAPS = {

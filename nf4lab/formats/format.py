@@ -1,21 +1,16 @@
 """A format: how a block is normalised, which levels it is rounded to, how its constants are stored.
 
 Every format here decodes by one formula, x_hat = location + scale * levels[code], with one scale a block and, where
-the normalisation has one, a location. NF4 is a row of the table at the bottom.
+the normalisation has one, a location. NF4 is a row of `nf4lab.FORMATS`.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nf4lab import codebooks
-
-# blocks, float32 (n_blocks, block_size) -> scale (n_blocks,) and location (n_blocks,), or None where it is zero
-Normalization = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+from nf4lab.formats.normalizations import Normalization, absmax, mean_std, min_max, signed_absmax
 
 LEAST = 2.0**-149  # the smallest positive float32
 TIES = ("down", "up", "even")
@@ -23,45 +18,6 @@ TIES = ("down", "up", "even")
 E4M3_OVERFLOW = 464.0
 # What a searched scale is tried at, as factors of the unsearched one; that one first, since it wins ties.
 SEARCH = (1.0, *(k / 32 for k in range(19, 52) if k != 32))
-
-
-def absmax(blocks: Tensor) -> tuple[Tensor, None]:
-    """Scale a block by its largest magnitude, so that it lies in -1..1 and zero stays zero."""
-    return blocks.abs().amax(dim=1), None
-
-
-def signed_absmax(blocks: Tensor) -> tuple[Tensor, None]:
-    """Scale a block by its element of largest magnitude, sign and all, so that this element becomes +1.
-
-    Of several such elements the first counts, as in llama.cpp. Source: BOF4 (arXiv:2505.06653), BOF4-S.
-    """
-    largest = blocks.abs().argmax(dim=1, keepdim=True)
-    return blocks.gather(1, largest).squeeze(1) + 0.0, None  # + 0.0: the scale of a block of -0.0 is 0.0
-
-
-def power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
-    """Scale a block by the largest power of two that its absmax reaches: 2**floor(log2(absmax)), exact.
-
-    A block of zeros has 0. Source: OCP Microscaling Formats 1.0, section 6.3.
-    """
-    absmax = blocks.abs().amax(dim=1)
-    mantissa = torch.frexp(absmax).mantissa  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
-    return torch.where(mantissa > 0, absmax / (2 * mantissa), 0.0), None  # a quotient that float32 holds is exact
-
-
-def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale a block so that its least value becomes 0 and its greatest 1: two constants.
-
-    Of 0.0 and -0.0 either may come out as the extreme; adding 0.0 makes both 0.0, so that every backend agrees.
-    """
-    location = blocks.amin(dim=1) + 0.0
-    return (blocks.amax(dim=1) + 0.0) - location, location
-
-
-def mean_std(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift a block by its mean and scale it by its standard deviation (the one that divides by n): two constants."""
-    std, mean = torch.std_mean(blocks.double(), dim=1, correction=0)
-    return std.float(), mean.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,61 +225,3 @@ def _sum_in_lanes(values: Tensor) -> Tensor:
     for half in (4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half:]
     return lanes[:, 0]
-
-
-class _Table(Mapping):
-    """Formats by name, each made when it is first asked for: some derive their levels, and importing need not wait."""
-
-    def __init__(self, rows: list[tuple[str, Callable[[], Format]]]):
-        self._rows, self._made = dict(rows), {}
-
-    def __getitem__(self, name: str) -> Format:
-        if name not in self._made:
-            self._made[name] = self._rows[name]()
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
-def _row(name: str, levels: Callable[[], Tensor], *rest, **named) -> tuple[str, Callable[[], Format]]:
-    return name, lambda: Format(name, levels(), *rest, **named)
-
-
-FORMATS = _Table([
-    _row("nf4", codebooks.nf4),
-    _row("fp4", codebooks.fp4),
-    _row("int4", codebooks.symmetric_int),
-    _row("uniform", codebooks.uniform, min_max),
-    _row("naive-quantile", codebooks.quantile_midpoints, mean_std),
-    _row("cube-root", codebooks.cube_root, mean_std),
-    _row("sf4", codebooks.sf4),
-    _row("af4", codebooks.af4),
-    _row("bof4", codebooks.bof4),
-    _row("bof4-s", codebooks.bof4_s, signed_absmax),
-    _row("e2m1", codebooks.e2m1, extreme=6, ties="even"),
-    _row("mxfp4", codebooks.e2m1, power_of_two, torch.float8_e8m0fnu, extreme=4, block_size=32, ties="even"),
-    _row("nvfp4", codebooks.e2m1, absmax, torch.float8_e4m3fn, extreme=6, tensor_scale=True, block_size=16,
-         ties="even"),
-    _row("q4_0", codebooks.twos_complement, signed_absmax, torch.float16, extreme=-8, block_size=32,
-         ties="up", exact_codes=True),
-    _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, extreme=-127, block_size=32),
-])  # fmt: skip
-
-
-def as_format(format: str | Format) -> Format:
-    """The format of that name, or the format given.
-
-    Raises ValueError for an unknown name, with the nearest known ones, TypeError for anything else.
-    """
-    if isinstance(format, Format):
-        return format
-    if not isinstance(format, str):
-        raise TypeError(f"format must be a name or a nf4lab.Format; got {type(format).__name__}")
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format.lower(), FORMATS, n=3, cutoff=0.4) or list(FORMATS)
-        raise ValueError(f"unknown format {format!r}; did you mean {' or '.join(map(repr, near))}?")
-    return FORMATS[format]

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nf4lab
+from nf4lab.formats.packing import pack, unpack
 from nf4lab.labs import feedback
 from nf4lab.models import minilm_matrices
-from nf4lab.formats.packing import pack, unpack
 
 LEVELS = nf4lab.codebooks.nf4()
 BOUNDARIES = (LEVELS[:-1] + LEVELS[1:]) / 2

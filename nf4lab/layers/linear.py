@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nf4lab import backends
+from nf4lab.backends import cuda
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
 from nf4lab.checkpoints.keys import from_parts, parts_of
-from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.formats import Format
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 
 # --- a QuantizedTensor as arguments of an op
 
@@ -85,7 +85,7 @@ def _rebuilt(stored: list[Tensor], layout: str) -> QuantizedTensor:
 
 def _linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
     q = _rebuilt(stored, layout)
-    y = backends.gemv(x, q, bias)
+    y = cuda.gemv(x, q, bias)
     if y is None:
         with _no_autocast(x):
             y = F.linear(x, q.dequantize(x.dtype), bias)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nf4lab.formats.double_quant import DoubleQuant
 from nf4lab.formats import Format
+from nf4lab.formats.double_quant import DoubleQuant
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.metrics import mse
 

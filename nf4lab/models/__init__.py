@@ -6,7 +6,13 @@ decoder      the language model itself, in plain torch
 
 from nf4lab.models.decoder import Decoder
 from nf4lab.models.pretrained import (
-    GLASSLLM_SHA256, MINILM, MINILM_SHA256, check_sha256, language_model, minilm_matrices, minilm_path,
+    GLASSLLM_SHA256,
+    MINILM,
+    MINILM_SHA256,
+    check_sha256,
+    language_model,
+    minilm_matrices,
+    minilm_path,
     sentence_encoder,
 )  # fmt: skip
 

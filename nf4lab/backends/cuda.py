@@ -1,0 +1,87 @@
+"""The kernels for NVIDIA GPUs: what they take made ready once for a format and a device."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from nf4lab.backends.choice import choose
+from nf4lab.formats.double_quant import MAPS, QuantizedConstants
+from nf4lab.formats.format import Format
+
+GEMV_ROWS = 16  # rows of x that the fused kernel takes at most
+
+
+def quantize(
+    flat: Tensor, format: Format, block_size: int, tensor_scale: None = None
+) -> tuple[Tensor, Tensor, None] | None:
+    """(packed, absmax, None) of flat (n,), as the reference makes them; None if a value is not finite."""
+    from nf4lab.kernels import cuda
+
+    n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    scale = torch.empty(n_blocks, device=flat.device)
+    codebook = _cuda_codebook(format, flat.device)
+    try:
+        cuda.quantize(flat.contiguous(), codebook, block_size=block_size, packed=packed, absmax=scale)
+    except ValueError:  # its arguments are right: a value is not finite, which the caller describes
+        return None
+    return packed, scale, None
+
+
+def dequantize(q, out: Tensor) -> None:
+    """What the QuantizedTensor q stands for, into the contiguous tensor out, in one launch."""
+    from nf4lab.kernels import cuda
+
+    levels = _cuda_levels(q.format, 16, out.device)
+    cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
+
+
+def gemv(x: Tensor, q, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias without writing out W, the QuantizedTensor q of shape (n, k): x (..., k) to (..., n).
+
+    None where the kernel does not serve: off a GPU, for more than 16 rows or none, for other formats and dtypes.
+    """
+    rows = math.prod(x.shape[:-1])
+    if not (x.is_cuda and 1 <= rows <= GEMV_ROWS and q.numel):
+        return None
+    if choose(None, x.device, x.dtype, q.numel, q.format) != "cuda":
+        return None
+    from nf4lab.kernels import cuda
+
+    levels = _cuda_levels(q.format, 16, x.device)
+    constants = _cuda_absmax(q.stored_scale)
+    return cuda.gemv(x.contiguous(), q.packed, constants, levels, shape=q.shape, block_size=q.block_size, bias=bias)
+
+
+def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
+    """Constants as the kernel takes them: decoded on the way where they are 8-bit, centred, in groups of 2**k."""
+    if not isinstance(stored, QuantizedConstants):
+        return stored
+    scheme = stored.double_quant
+    map = MAPS[scheme.map]
+    if map.code_bits != 8 or stored.offset is None or scheme.group_size & (scheme.group_size - 1):
+        return stored.dequantize()
+    code_map = _cuda_levels(map, 256, stored.codes.device)
+    return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_codebook(format: Format, device: torch.device):
+    """The format's boundaries, those that a shorter codebook lacks at infinity, and the 16 codes in their order."""
+    from nf4lab.kernels import cuda
+
+    used = format.ascending.tolist()
+    unused = [code for code in range(16) if code not in used]
+    return cuda.codebook(_padded(format.boundaries, 15, math.inf), (*used, *unused), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_levels(format: Format, n: int, device: torch.device) -> Tensor:
+    """The levels on the device, filled up to n: copied there once, since each copy would wait for the GPU."""
+    return _padded(format.levels, n, 0.0).to(device)
+
+
+def _padded(values: Tensor, n: int, filler: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, n - values.numel()), value=filler)

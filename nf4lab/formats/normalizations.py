@@ -1,0 +1,48 @@
+"""How a block is brought to its levels' range: each rule here makes a scale, and some a location, of a block."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# blocks, float32 (n_blocks, block_size) -> scale (n_blocks,) and location (n_blocks,), or None where it is zero
+Normalization = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def absmax(blocks: Tensor) -> tuple[Tensor, None]:
+    """Scale a block by its largest magnitude, so that it lies in -1..1 and zero stays zero."""
+    return blocks.abs().amax(dim=1), None
+
+
+def signed_absmax(blocks: Tensor) -> tuple[Tensor, None]:
+    """Scale a block by its element of largest magnitude, sign and all, so that this element becomes +1.
+
+    Of several such elements the first counts, as in llama.cpp. Source: BOF4 (arXiv:2505.06653), BOF4-S.
+    """
+    largest = blocks.abs().argmax(dim=1, keepdim=True)
+    return blocks.gather(1, largest).squeeze(1) + 0.0, None  # + 0.0: the scale of a block of -0.0 is 0.0
+
+
+def power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
+    """Scale a block by the largest power of two that its absmax reaches: 2**floor(log2(absmax)), exact.
+
+    A block of zeros has 0. Source: OCP Microscaling Formats 1.0, section 6.3.
+    """
+    absmax = blocks.abs().amax(dim=1)
+    mantissa = torch.frexp(absmax).mantissa  # absmax = mantissa * 2**exponent, 1/2 <= mantissa < 1
+    return torch.where(mantissa > 0, absmax / (2 * mantissa), 0.0), None  # a quotient that float32 holds is exact
+
+
+def min_max(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale a block so that its least value becomes 0 and its greatest 1: two constants.
+
+    Of 0.0 and -0.0 either may come out as the extreme; adding 0.0 makes both 0.0, so that every backend agrees.
+    """
+    location = blocks.amin(dim=1) + 0.0
+    return (blocks.amax(dim=1) + 0.0) - location, location
+
+
+def mean_std(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift a block by its mean and scale it by its standard deviation (the one that divides by n): two constants."""
+    std, mean = torch.std_mean(blocks.double(), dim=1, correction=0)
+    return std.float(), mean.float()
