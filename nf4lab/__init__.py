@@ -3,6 +3,7 @@
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor, dequantize, quantize
 from nf4lab.checkpoints.convert import quantize_checkpoint
 from nf4lab.checkpoints.files import iterate_quantized, load_quantized, save_quantized
+from nf4lab.codebooks import extremes, lloyd  # noqa: F401  the book calls them by these names
 from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.layers.linear import Linear4bit

@@ -51,7 +51,7 @@ def test_an_error_of_the_package_is_one_and_a_sentence_that_names_none_stays():
 def test_a_name_of_the_package_becomes_a_link_and_any_other_is_code():
     (line, _) = restructured("See `nf4lab.dequantize`, `Format` and `n_blocks`.")
     assert ":py:obj:`nf4lab.dequantize <nf4lab.blockwise.dequantize>`" in line
-    assert ":py:obj:`Format <nf4lab.formats.Format>`" in line
+    assert ":py:obj:`Format <nf4lab.formats.format.Format>`" in line
     assert "``n_blocks``" in line
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nf4lab
-from nf4lab import linear
+from nf4lab.layers import ops
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -296,7 +296,7 @@ def test_a_deep_copy_is_equal_and_independent(format):
 def test_a_layer_survives_in_a_process_that_has_not_seen_its_layout(monkeypatch):
     layer, x = quantized("nf4", 64, True), normal(4, 100)
     sent, y = pickle.dumps(layer), layer(x)
-    monkeypatch.setattr(linear, "_layouts", {"0": linear._layouts[quantized("fp4", 32).layout]})
+    monkeypatch.setattr(ops, "layouts", {"0": ops.layouts[quantized("fp4", 32).layout]})
     assert torch.equal(pickle.loads(sent)(x), y)
 
 

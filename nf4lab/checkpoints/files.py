@@ -1,7 +1,7 @@
 """Checkpoints: quantized tensors in safetensors files that bitsandbytes reads too, in one file or in shards.
 
-Files are read one tensor at a time. What stands where in them is `checkpoint_keys`; what makes a quantized checkpoint
-of another one, without holding either in memory, is `convert`.
+Files are read one tensor at a time. What is stored in them is in `keys`; what makes one checkpoint of another, without
+holding either in memory, in `convert`.
 """
 
 import json
@@ -13,8 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoints.checked_json import without_duplicates
 from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
-from nf4lab.checkpoints.tensorfile import TensorFile, appearing_whole, header_room, without_duplicates, writing
+from nf4lab.checkpoints.tensorfile import TensorFile, appearing_whole, header_room, writing
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers opens no file without it

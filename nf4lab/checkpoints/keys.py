@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor
 from nf4lab.blockwise import DTYPES as ORIGINAL_DTYPES
-from nf4lab.checkpoints.tensorfile import is_shape, without_duplicates
+from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
 from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max, power_of_two, signed_absmax
 from nf4lab.formats.double_quant import MAPS, DoubleQuant, QuantizedConstants
 

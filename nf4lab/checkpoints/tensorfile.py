@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
+
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -108,15 +110,6 @@ def _parse_header(raw: bytes, name: str) -> dict:
     return header
 
 
-def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """The dict of a JSON object's pairs. Raises ValueError where a name stands twice: readers disagree on those."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"the name {next(key for key in names if names.count(key) > 1)!r} stands twice")
-    return result
-
-
 def _entry(value: object, where: str) -> Entry:
     """A header's entry, checked by itself: known dtype, a shape, and as many bytes as both take."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -133,11 +126,6 @@ def _entry(value: object, where: str) -> Entry:
     if stop - start != expected:
         raise ValueError(f"{where}: {name} of shape {shape} takes {expected} bytes; its offsets span {stop - start}")
     return Entry(DTYPES[name], tuple(shape), start, stop)
-
-
-def is_shape(value: object) -> bool:
-    """Whether a JSON value is a list of integers of at least 0, none of them a bool."""
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _check_cover(entries: dict[str, Entry], data_bytes: int, name: str) -> None:

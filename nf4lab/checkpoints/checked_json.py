@@ -1,0 +1,15 @@
+"""JSON from a file that nobody vouches for."""
+
+
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """The dict of a JSON object's pairs. Raises ValueError where a name stands twice: readers disagree on those."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the name {next(key for key in names if names.count(key) > 1)!r} stands twice")
+    return result
+
+
+def is_shape(value: object) -> bool:
+    """Whether a JSON value is a list of integers of at least 0, none of them a bool."""
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
