@@ -104,8 +104,16 @@ class Loaded:
         check(self.driver.cuFuncSetAttribute(self.function, attribute, limit), self.driver)
 
     def __call__(self, grid, threads, shared_bytes, args):
+        numbers = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in args]
+        self.start(grid, threads, shared_bytes, numbers)
+
+    def start(self, grid, threads, shared_bytes, numbers):
+        """The same with an address or an int for each argument: what a call made ready has at hand."""
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self.start(grid, threads, shared_bytes, numbers)
         slots = self.slots
-        self.pack(slots.values, 0, *[a if type(a) is int else 0 if a is None else a.data_ptr() for a in args])
+        self.pack(slots.values, 0, *numbers)
         launch = self.driver.cuLaunchKernel
         shape = grid, 1, 1, threads, 1, 1, shared_bytes, current_stream(self.device)
         (error,) = launch(self.function, *shape, slots.address, 0)
@@ -114,6 +122,7 @@ class Loaded:
             (error,) = launch(self.function, *shape, slots.address, 0)
         if error:
             check((error,), self.driver)
+        return None
 
 
 def check(result, driver):
@@ -124,19 +133,19 @@ def check(result, driver):
     return values[0] if values else None
 
 
-_loaded = {}
+loaded_kernels = {}
 _compiling = threading.Lock()
 
 
 def load(kernel, args, device, key, shared_bytes, max_registers):
     """Compile and load a kernel that this device has not seen with these types."""
     with _compiling:
-        if key not in _loaded:
+        if key not in loaded_kernels:
             loaded = Loaded(kernel, args, device, max_registers)
             if shared_bytes:
                 loaded.allow_all_shared_memory()
-            _loaded[key] = loaded
-    return _loaded[key]
+            loaded_kernels[key] = loaded
+    return loaded_kernels[key]
 
 
 def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=None):
@@ -150,12 +159,8 @@ def launch(kernel, grid, threads, args, *, dtype, shared_bytes=0, max_registers=
         return
     device = args[0].get_device()
     key = (kernel, device, dtype)
-    loaded = _loaded.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
-    if current_device() == device:
-        loaded(grid, threads, shared_bytes, args)
-        return
-    with torch.cuda.device(device):
-        loaded(grid, threads, shared_bytes, args)
+    loaded = loaded_kernels.get(key) or load(kernel, args, device, key, shared_bytes, max_registers)
+    loaded(grid, threads, shared_bytes, args)
 
 
 def simulate(kernel, grid, threads, args, shared_bytes):
