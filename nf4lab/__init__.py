@@ -1,5 +1,7 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
+from nf4lab.beyond.calibration import calibrate
+from nf4lab.beyond.rotation import hadamard
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor, dequantize, quantize
 from nf4lab.checkpoints.convert import quantize_checkpoint
 from nf4lab.checkpoints.files import iterate_quantized, load_quantized, save_quantized
@@ -9,12 +11,12 @@ from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.lora import LoRALinear, add_lora_, merge_lora_
 from nf4lab.layers.swap import QuantizedLayer, QuantizedLayers, quantize_model_
-from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, shannon_limit, sqnr_db
+from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, output_error, shannon_limit, sqnr_db
 
 __version__ = "0.1.0"
 __all__ = [
     "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
-    "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "code_usage", "compression_ratio",
-    "dequantize", "entropy_bits", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse", "quantize",
-    "quantize_checkpoint", "quantize_model_", "save_quantized", "shannon_limit", "sqnr_db",
+    "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "calibrate", "code_usage", "compression_ratio",
+    "dequantize", "entropy_bits", "hadamard", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse",
+    "output_error", "quantize", "quantize_checkpoint", "quantize_model_", "save_quantized", "shannon_limit", "sqnr_db",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ A tensor is read in row-major order and cut into blocks of `block_size` elements
 shorter. Each block gets its own constants.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nf4lab import backends
+from nf4lab.backends import feedback
 from nf4lab.backends.reference import chunks
 from nf4lab.formats import Format, as_format
 from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
@@ -134,6 +136,7 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | str | DoubleQuant = False,
     *,
+    hessian: Tensor | None = None,
     backend: str | None = None,
 ) -> QuantizedTensor:
     """A tensor of any shape as a QuantizedTensor of 4-bit codes, on the device it is on.
@@ -144,6 +147,9 @@ def quantize(
     block_size: a power of two, 16 to 4096; by default the format's own, 64 for NF4.
     double_quant: True for bitsandbytes' 8-bit constants; "linear8", "linear4" or a nf4lab.DoubleQuant for others.
     The codes are made with the exact constants, before those are quantized. Constants of one byte are refused.
+    hessian: for a matrix x (out, in), the second moments of its inputs, float (in, in), from `nf4lab.calibrate`: what
+    rounding a weight does to the output is then taken up by those after it in its row, as in GPTQ (arXiv:2210.17323).
+    The format of what is stored is the same. block_size must divide the columns.
     backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes.
 
     NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) for float32, float16 and bfloat16 wherever absmax is
@@ -154,7 +160,8 @@ def quantize(
     tensor([12,  0, 10,  7], dtype=torch.uint8)
 
     Raises TypeError for a tensor or argument of the wrong type, ValueError for a value that is not finite in
-    float32 (naming the first), a block size, format or backend that does not exist or does not take this tensor.
+    float32 (naming the first), a block size, format or backend that does not exist or does not take this tensor, and a
+    hessian that is none of x's.
     Source: QLoRA (arXiv:2305.14314).
     """
     format, scheme = as_format(format), as_double_quant(double_quant)
@@ -163,6 +170,8 @@ def quantize(
     flat = x.detach().reshape(-1)
     n = flat.numel()
     quantize_flat = backends.QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
+    if hessian is not None:
+        quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian)
     tensor_scale = format.scale_of_tensor(flat)
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size, tensor_scale)
     if quantized is None:

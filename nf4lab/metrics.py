@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from nf4lab.backends.feedback import check_hessian
 from nf4lab.blockwise import QuantizedTensor
 
 
@@ -25,6 +26,23 @@ def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
     """
     error, power = mse(x, x_hat), mse(x, torch.zeros_like(x))
     return math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf
+
+
+def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
+    """The mean squared error of a layer's outputs over their mean square.
+
+    trace(D H D^T) / trace(W H W^T), with D = W_hat - W and H = E x x^T, the second moments of the inputs.
+
+    w, w_hat: (out, in). hessian: (in, in). Computed in float64. Raises ValueError as `check_hessian`, and where the
+    outputs are all zero.
+    """
+    h = check_hessian(hessian, w).double()
+    error, power = (
+        (d @ h * d).sum().item() for d in (w_hat.detach().double() - w.detach().double(), w.detach().double())
+    )
+    if power <= 0:
+        raise ValueError("the layer's outputs are all zero: their error cannot be set in relation to them")
+    return error / power
 
 
 def code_usage(q: QuantizedTensor) -> Tensor:

@@ -134,8 +134,12 @@ class Format:
         or so small that the reciprocal is infinite, it is divided instead, and 0/0 counts as 0.
         """
         stored, location, scale, shift = self.constants(blocks, tensor_scale)
-        centred = blocks if shift is None else blocks - shift[:, None]
-        return self.nearest(_normalized(centred, scale)), stored, location
+        return self.codes_of(blocks, scale, shift), stored, location
+
+    def codes_of(self, blocks: Tensor, scale: Tensor, location: Tensor | None) -> Tensor:
+        """Codes of blocks whose constants are given: float32 (n_blocks, width) to uint8 of the same shape."""
+        centred = blocks if location is None else blocks - location[:, None]
+        return self.nearest(_normalized(centred, scale))
 
     def decode(self, codes: Tensor, scale: Tensor, location: Tensor | None) -> Tensor:
         """The values that codes stand for: uint8 (n_blocks, block_size) to float32 of the same shape.

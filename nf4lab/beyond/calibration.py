@@ -1,0 +1,60 @@
+"""What a layer is given: the second moments of its inputs, which say what an error of its weights does to its outputs.
+
+    E |(W_hat - W) x|^2 = trace((W_hat - W) H (W_hat - W)^T)        H = E x x^T
+
+H is what GPTQ calls the Hessian: that of the squared output error, up to a factor of 2. Everything here that corrects,
+scales or learns takes it from here.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exclude: Choice = ()) -> dict[str, Tensor]:
+    """H = mean of x x^T over all inputs x that each linear layer saw, by dotted name: float32 (in, in), on its device.
+
+    batches: what `model` is called with, one after the other: a mapping as keyword arguments, a tuple as positional
+    ones, anything else as the one argument. The model runs as it is: in eval mode where it should. Sums are made in
+    float64 batch by batch. include, exclude: as for `nf4lab.quantize_model_`. A layer that saw nothing is left out.
+
+    Raises ValueError where no layer is chosen, where there is no batch, and, naming the layer, for an input that is
+    not finite.
+    """
+    names = {id(model.get_submodule(n[0])): n[0] for n in choose_layers(model, is_plain_linear, include, exclude)}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(layer: nn.Module, inputs: tuple) -> None:
+        name, x = names[id(layer)], inputs[0].detach().reshape(-1, layer.in_features).float()
+        moment = (x.T @ x).double()
+        if not moment.isfinite().all():
+            raise ValueError(f"layer {name!r} was given an input that is not finite")
+        sums[name] = sums[name] + moment if name in sums else moment
+        counts[name] = counts.get(name, 0) + len(x)
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in model.modules() if id(layer) in names]
+    n_batches = 0
+    try:
+        for batch in batches:
+            _call(model, batch)
+            n_batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not n_batches:
+        raise ValueError("there is no batch to calibrate with")
+    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+
+
+def _call(model: nn.Module, batch) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(batch)

@@ -1,0 +1,132 @@
+"""Learn: levels made for one layer, or for each row of it, by k-means on its own weights.
+
+Lloyd's algorithm on the weights as NF4 scales them, from NF4's levels: each level moves to the mean of what is rounded
+to it. Importance makes it a weighted mean: with the mean square of the inputs, a weight counts for as much as its
+error does in the output.
+
+Sources: Lloyd 1957/1982; any4 (arXiv:2507.04610), a table a row weighted by activations; SqueezeLLM (arXiv:2306.07629).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nf4lab import codebooks
+from nf4lab.formats import Format
+
+STEPS = 100
+
+
+def learn_format(
+    w: Tensor, block_size: int = 64, importance: Tensor | None = None, name: str = "learned", n_levels: int = 16
+) -> Format:
+    """An absmax format with the levels of least squared error that Lloyd's algorithm finds for w, from NF4's.
+
+    importance: float (in,) or of w's shape, what a squared error counts; None for 1. The levels are one table for the
+    whole of w. Raises ValueError for weights or importance that are not finite, or negative importance.
+    """
+    normalized, weight, _ = _points(w, block_size, importance)
+    levels = k_means(normalized.reshape(1, -1), weight.reshape(1, -1), _start(n_levels, w.device))
+    return Format(name, levels[0].cpu(), block_size=block_size)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTables:
+    """A matrix with a table of levels for each row.
+
+    codes: uint8 (rows, columns). tables: float16 (rows, n_levels), ascending. absmax: float32 (rows, blocks a row).
+    """
+
+    codes: Tensor
+    tables: Tensor
+    absmax: Tensor
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight: codes, tables in 16 bits, absmax in 32."""
+        n_levels = self.tables.shape[1]
+        code_bits = (n_levels - 1).bit_length()
+        return code_bits + (16 * self.tables.numel() + 32 * self.absmax.numel()) / self.codes.numel()
+
+    def dequantize(self) -> Tensor:
+        """The values: float32 (rows, columns)."""
+        values = self.tables.float().gather(1, self.codes.long())
+        return (values.unflatten(1, (self.absmax.shape[1], -1)) * self.absmax[:, :, None]).flatten(1)
+
+
+def learn_rows(w: Tensor, block_size: int = 64, importance: Tensor | None = None, n_levels: int = 16) -> RowTables:
+    """w (out, in) with a table a row: Lloyd's algorithm on each row's own weights, from NF4's levels.
+
+    importance: as for `learn_format`. Raises ValueError as that, and where block_size does not divide the columns.
+    """
+    if w.dim() != 2 or w.shape[1] % block_size:
+        raise ValueError(
+            f"a table a row takes a matrix whose columns block_size divides; got {tuple(w.shape)}, {block_size}"
+        )
+    normalized, weight, absmax = _points(w, block_size, importance)
+    normalized, weight = normalized.reshape(w.shape), weight.reshape(w.shape)
+    tables = k_means(normalized, weight, _start(n_levels, w.device).expand(len(w), -1)).half()
+    boundaries = (tables.float()[:, 1:] + tables.float()[:, :-1]) / 2
+    codes = torch.searchsorted(boundaries, normalized.contiguous()).byte()
+    return RowTables(codes, tables, absmax.reshape(len(w), -1))
+
+
+def k_means(points: Tensor, weight: Tensor, levels: Tensor, steps: int = STEPS) -> Tensor:
+    """Lloyd's algorithm for each row by itself: levels float32 (rows, n_levels), ascending, after convergence.
+
+    points, weight: (rows, n). levels: (rows, n_levels), ascending, the start. A level that nothing is rounded to stays.
+    Sorting once makes a step cheap: the points of a level are a run, and its mean a difference of running sums.
+    """
+    order = points.argsort(dim=1)
+    points, weight = points.gather(1, order).contiguous(), weight.gather(1, order).double()
+    mass, moment = (torch.nn.functional.pad(total.cumsum(1), (1, 0)) for total in (weight, weight * points.double()))
+    levels = levels.double().expand(len(points), -1).contiguous()
+    for _ in range(steps):
+        boundaries = ((levels[:, 1:] + levels[:, :-1]) / 2).to(points.dtype)
+        inner = torch.searchsorted(points, boundaries.contiguous(), right=True)
+        ends = torch.nn.functional.pad(inner, (1, 0)), torch.nn.functional.pad(inner, (0, 1), value=points.shape[1])
+        counts = mass.gather(1, ends[1]) - mass.gather(1, ends[0])
+        sums = moment.gather(1, ends[1]) - moment.gather(1, ends[0])
+        moved = torch.where(counts > 0, sums / counts, levels)
+        if torch.equal(moved, levels):
+            break
+        levels = moved
+    return levels.float()
+
+
+def _start(n_levels: int, device: torch.device) -> Tensor:
+    levels = codebooks.nf4() if n_levels == 16 else torch.linspace(-1, 1, n_levels)
+    return levels.to(device)[None]
+
+
+def _points(w: Tensor, block_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised weights and what their squared errors count, (n_blocks, block_size) each, and absmax (n_blocks,)."""
+    x = w.detach().float()
+    counts = torch.ones_like(x) if importance is None else importance.detach().float().expand_as(x)
+    if not x.isfinite().all() or not counts.isfinite().all() or (counts < 0).any():
+        raise ValueError("weights and importance must be finite, and importance not negative")
+    if x.numel() % block_size:
+        raise ValueError(f"block_size must divide the {x.numel()} weights; got {block_size}")
+    blocks = x.reshape(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    normalized = torch.where(absmax[:, None] > 0, blocks / absmax[:, None], 0.0)
+    return normalized, counts.reshape(-1, block_size) * absmax[:, None].square(), absmax
+
+
+def vector_codebook(points: Tensor, n_words: int = 256, seed: int = 0, steps: int = 50) -> Tensor:
+    """Code words for vectors, by scikit-learn's k-means: float32 (n_words, dim).
+
+    points: float (n, dim). 256 words for pairs are 4 bits a weight. Raises ValueError for fewer points than words.
+    """
+    from sklearn.cluster import KMeans
+
+    if points.dim() != 2 or len(points) < n_words:
+        raise ValueError(f"{n_words} words take at least as many points (n, dim); got {tuple(points.shape)}")
+    found = KMeans(n_words, n_init=1, max_iter=steps, random_state=seed).fit(points.double().cpu().numpy())
+    return torch.from_numpy(found.cluster_centers_).float()
+
+
+def nearest_words(points: Tensor, words: Tensor, at_once: int = 2**14) -> Tensor:
+    """The number of the nearest word, point by point: int64 (n,) for points (n, dim) and words (n_words, dim)."""
+    return torch.cat([torch.cdist(some, words).argmin(dim=1) for some in points.split(at_once)])

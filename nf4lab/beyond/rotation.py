@@ -1,0 +1,215 @@
+"""Rotate: the Walsh-Hadamard transform with random signs, which makes any weights look like draws of a normal.
+
+    y = W x = (W R)(R^T x)        R = D H / sqrt(n), orthogonal
+
+D is a diagonal of random signs, H a Hadamard matrix: entries +-1, columns at right angles. Each rotated weight is a
+sum of n old ones with random signs, over sqrt(n), so a giant is spread over its whole row and the central limit
+theorem does the rest. The product stays the same, and R is never stored: signs, and n log n additions.
+
+Sources: QuIP# (arXiv:2402.04396), section 3, and QuaRot (arXiv:2404.00456).
+"""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from nf4lab.kernels import hadamard as kernels
+from nf4lab.layers.linear import Linear4bit
+
+LARGEST_FACTOR = 1024  # of a width, beside its power of two; its matrix is multiplied as one
+
+
+def hadamard(x: Tensor, inverse: bool = False) -> Tensor:
+    """x (…, n) times the Hadamard matrix H of order n over sqrt(n): the same shape and dtype, lengths kept.
+
+    H is the Kronecker product of `hadamard_matrix(m)` and Sylvester's matrix of order n / m, m the smallest factor
+    that works; for a power of two it is scipy.linalg.hadamard(n). inverse: times H^T, which undoes it.
+    Computed in float32 (float64 for a float64 x) and rounded once. Differentiable.
+
+    >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
+
+    Raises TypeError for a dtype that is not floating-point, ValueError for a width that no known Hadamard matrix has.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point; got {x.dtype}")
+    factor(x.shape[-1])
+    return _Hadamard.apply(x, inverse)
+
+
+class _Hadamard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, inverse):
+        ctx.inverse = inverse
+        return _transformed(x, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Hadamard.apply(grad, not ctx.inverse), None
+
+
+def _transformed(x: Tensor, inverse: bool) -> Tensor:
+    n = x.shape[-1]
+    m = factor(n)
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    rows = wide.reshape(-1, n // m).clone(memory_format=torch.contiguous_format)
+    kernels.butterflies_(rows)  # H_m (x) H_2^k: the power of two within a piece, then the pieces among themselves
+    if m > 1:
+        matrix = hadamard_matrix(m).to(rows)
+        pieces = rows.view(-1, m, n // m)
+        rows = (matrix if inverse else matrix.T) @ pieces
+    return (rows.reshape(x.shape) * n**-0.5).to(x.dtype)
+
+
+@functools.cache
+def factor(n: int) -> int:
+    """The least m for which n / m is a power of two and `hadamard_matrix(m)` is known.
+
+    Raises ValueError, with the nearest widths that work, where there is none.
+    """
+    if found := _factor(n):
+        return found
+    lower = next((k for k in range(n, 0, -1) if _factor(k)), "none")
+    upper = next(k for k in itertools.count(max(n, 1)) if _factor(k))
+    raise ValueError(f"no Hadamard matrix of order {n} is known here; the nearest orders are {lower} and {upper}")
+
+
+def _factor(n: int) -> int | None:
+    odd = n // (n & -n) if n > 0 else 0
+    candidates = (odd << k for k in range(n.bit_length()) if n > 0 and n % (odd << k) == 0)
+    return next((m for m in candidates if m <= LARGEST_FACTOR and _construction(m)), None)
+
+
+def hadamard_matrix(m: int) -> Tensor:
+    """A Hadamard matrix of order m, entries +-1: float32 (m, m), H H^T = m I.
+
+    m = 1 or 2, q + 1 for a prime power q = 3 mod 4 (Paley's first construction), or 2 (q + 1) for q = 1 mod 4 (his
+    second). Raises ValueError for other orders: of those that `hadamard` needs beside a power of two.
+    Source: R. E. A. C. Paley, On orthogonal matrices, 1933.
+    """
+    construction = _construction(m)
+    if construction is None:
+        raise ValueError(f"no construction of a Hadamard matrix of order {m} is known here")
+    return construction(m)
+
+
+def _construction(m: int):
+    if m == 1:
+        return lambda m: torch.ones(1, 1)
+    if m == 2:
+        return lambda m: torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    if m % 4 == 0 and (m - 1) % 4 == 3 and _prime_power(m - 1):
+        return _paley_1
+    if m % 4 == 0 and (m // 2 - 1) % 4 == 1 and _prime_power(m // 2 - 1):
+        return _paley_2
+    return None
+
+
+def _paley_1(m: int) -> Tensor:
+    """I + S, S = [[0, 1], [-1, Q]]: rows of S are at right angles, and S is antisymmetric."""
+    return torch.eye(m) + _bordered(_jacobsthal(m - 1), -1.0)
+
+
+def _paley_2(m: int) -> Tensor:
+    """From symmetric C of order m / 2: each 0 becomes [[1, -1], [-1, -1]], each c = +-1 c times [[1, 1], [1, -1]]."""
+    conference = _bordered(_jacobsthal(m // 2 - 1), 1.0)
+    of_zero, of_one = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    return torch.kron(torch.eye(m // 2), of_zero) + torch.kron(conference, of_one)
+
+
+def _bordered(q: Tensor, sign: float) -> Tensor:
+    edge = torch.ones(len(q), 1)
+    return torch.cat([torch.cat([torch.zeros(1, 1), edge.T], 1), torch.cat([sign * edge, q], 1)])
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """Q[a, b] = 1 where a - b is a square of the field of q elements, -1 where it is none, 0 for a = b."""
+    p, degree = _prime_power(q)
+    elements = list(itertools.product(range(p), repeat=degree))  # coefficients of polynomials, the highest first
+    modulus = _irreducible(p, degree)
+    squares = {_times(a, a, modulus, p) for a in elements if any(a)}
+    character = {a: (1.0 if a in squares else -1.0) if any(a) else 0.0 for a in elements}
+    return torch.tensor(
+        [[character[tuple((x - y) % p for x, y in zip(a, b, strict=True))] for b in elements] for a in elements]
+    )
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with q = p**k and p a prime; None where q is none, or k is above 3."""
+    p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
+    return next(((p, k) for k in (1, 2, 3) if q == p**k > 1), None)
+
+
+def _irreducible(p: int, degree: int) -> tuple[int, ...]:
+    """The lower coefficients of a monic polynomial of degree 1 to 3 without a root, which is what irreducible means."""
+    if degree == 1:
+        return (0,)
+    lowers = itertools.product(range(p), repeat=degree)
+    return next(lower for lower in lowers if all(_value((1, *lower), x) % p for x in range(p)))
+
+
+def _value(coefficients: tuple[int, ...], x: int) -> int:
+    """A polynomial at x, by Horner's rule."""
+    return functools.reduce(lambda value, c: value * x + c, coefficients)
+
+
+def _times(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int) -> tuple[int, ...]:
+    """The product of two elements of the field: that of the polynomials, reduced."""
+    degree = len(a)
+    product = [0] * (2 * degree - 1)
+    for i, j in itertools.product(range(degree), repeat=2):
+        product[i + j] += a[i] * b[j]
+    for i in range(degree - 1):  # x**degree = -modulus
+        for j, c in enumerate(modulus):
+            product[i + 1 + j] -= product[i] * c
+    return tuple(c % p for c in product[degree - 1 :])
+
+
+def random_signs(n: int, seed: int = 0) -> Tensor:
+    """+-1 at random: float32 (n,), the same for the same seed on every machine."""
+    return torch.randint(2, (n,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """x R for x (…, n), R = D H: each row of weights, or of activations, in the rotated basis."""
+    return hadamard(x * signs.to(x))
+
+
+def unrotate(x: Tensor, signs: Tensor) -> Tensor:
+    """x R^T: what `rotate` did undone."""
+    return hadamard(x, inverse=True) * signs.to(x)
+
+
+class RotatedLinear(nn.Module):
+    """y = W x + bias with W R in 4 bits: x is rotated on the way in, so what `quantized` stands for is W R.
+
+    base: a Linear4bit made from rotated weights. signs: float32 (in_features,), as `random_signs` makes them.
+    What it costs: n log2 n additions for each row of x, beside 2 n m operations of the product.
+    """
+
+    def __init__(self, base: Linear4bit, signs: Tensor):
+        super().__init__()
+        if signs.shape != (base.in_features,):
+            raise ValueError(f"signs must have shape ({base.in_features},); got {tuple(signs.shape)}")
+        self.base = base
+        self.register_buffer("signs", signs)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, *args, seed: int = 0, **kwargs) -> "RotatedLinear":
+        """The layer with its weight rotated, then quantized: arguments as for `Linear4bit.from_linear`."""
+        signs = random_signs(layer.in_features, seed).to(layer.weight.device)
+        rotated = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        rotated.weight = nn.Parameter(rotate(layer.weight.detach(), signs), requires_grad=False)
+        rotated.bias = layer.bias
+        return cls(Linear4bit.from_linear(rotated, *args, **kwargs), signs).train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """W_hat in the basis of x, (out_features, in_features): made at every access."""
+        return unrotate(self.base.weight, self.signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in_features) to (…, out_features)."""
+        return self.base(rotate(x, self.signs))

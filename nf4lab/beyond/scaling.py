@@ -1,0 +1,38 @@
+"""Scale by activations, the cheap relative of error feedback: columns that see large inputs get finer steps.
+
+    W x = (W S)(S^-1 x)        S = diag(s), s_j = (mean x_j^2)^(alpha / 2)
+
+A column times s_j > 1 is rounded with an error s_j times smaller, seen from the input; the price is a larger absmax for
+its block. alpha is tried on a grid and judged by the output error. S^-1 goes into whatever makes x, or into the layer.
+
+Source: AWQ (arXiv:2306.00978), section 3.2, which takes the mean of |x| where this takes the root mean square.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nf4lab.backends.feedback import check_hessian
+from nf4lab.metrics import output_error
+
+ALPHAS = tuple(k / 20 for k in range(21))
+
+
+def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+    """(s, alpha): the scales float32 (in,) of least output error on the grid, and the alpha that they come from.
+
+    rounded: from weights to what they are decoded to, such as lambda w: nf4lab.quantize(w).dequantize().
+    alpha = 0, no scaling, is tried too, so nothing is lost on the inputs that made the hessian. s has a geometric mean
+    of 1 over its range, sqrt(max s * min s). Raises as `check_hessian`.
+    """
+    mean_square = check_hessian(hessian, w).diagonal().float()
+    mean_square = mean_square.clamp_min(1e-8 * mean_square.max().clamp_min(torch.finfo(torch.float32).tiny))
+    best, least = None, torch.inf
+    for alpha in ALPHAS:
+        scales = mean_square ** (alpha / 2)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        error = output_error(w, rounded(w.float() * scales) / scales, hessian)
+        if error < least:
+            best, least = (scales, alpha), error
+    return best

@@ -1,0 +1,179 @@
+"""Calibration, error feedback and scales from activations."""
+
+import pytest
+import torch
+from torch import nn
+
+import nf4lab
+from nf4lab.beyond.calibration import calibrate
+from nf4lab.beyond.scaling import activation_scales
+from nf4lab.formats import FORMATS
+from nf4lab.metrics import output_error
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Weights (24, 128) and the second moments of correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    return torch.randn(24, 128, generator=generator), x.T @ x / 1000
+
+
+def optimal_brain_quantization(w, hessian, format, block_size, damping=0.01):
+    """The same by the book, in float64: after each weight the inverse loses a row and a column by elimination."""
+    w, h = w.double().clone(), hessian.double().clone()
+    h += damping * h.diagonal().mean() * torch.eye(len(h))
+    inverse = torch.linalg.inv(h)
+    codes = torch.zeros(w.shape, dtype=torch.uint8)
+    for j in range(w.shape[1]):
+        if j % block_size == 0:
+            _, _, scale, location = format.constants(w[:, j : j + block_size].float())
+        column = w[:, j : j + 1].float()
+        codes[:, j] = format.codes_of(column, scale, location)[:, 0]
+        value = format.decode(codes[:, j : j + 1], scale, location)[:, 0].double()
+        w -= ((w[:, j] - value) / inverse[j, j])[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    return codes
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "uniform", "bof4-s", "mxfp4"])
+def test_feedback_equals_optimal_brain_quantization(case, name):
+    w, h = case
+    codes = nf4lab.quantize(w, name, 32, hessian=h).codes.reshape(w.shape)
+    differing = (codes != optimal_brain_quantization(w, h, FORMATS[name], 32)).sum().item()
+    # A weight that lies within float32's rounding of a boundary may go either way, and takes its row with it.
+    assert differing <= w.shape[1]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "uniform", "bof4-s", "mxfp4", "nvfp4", "q4_0", "iq4_nl"])
+def test_a_hessian_lowers_the_output_error_of_every_format(case, name, double_quant):
+    w, h = case
+    if double_quant and FORMATS[name].constants_dtype.itemsize == 1:
+        pytest.skip(f"{name} has constants of one byte already")
+    plain = nf4lab.quantize(w, name, 32, double_quant)
+    corrected = nf4lab.quantize(w, name, 32, double_quant, hessian=h)
+    assert corrected.bits_per_weight == plain.bits_per_weight
+    assert output_error(w, corrected.dequantize(), h) < 0.8 * output_error(w, plain.dequantize(), h)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_correct():
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(nf4lab.quantize(w, hessian=torch.eye(64)).packed, nf4lab.quantize(w).packed)
+
+
+def test_an_input_that_never_occurs_is_rounded_to_nearest(case):
+    w, h = case[0], case[1].clone()
+    h[5], h[:, 5] = 0, 0
+    codes = nf4lab.quantize(w, hessian=h).codes.reshape(w.shape)
+    assert torch.equal(codes[:, 5], nf4lab.quantize(w).codes.reshape(w.shape)[:, 5])
+
+
+def test_the_weights_are_left_as_they_were(case):
+    w, h = case[0].clone(), case[1].clone()
+    nf4lab.quantize(w, hessian=h)
+    assert torch.equal(w, case[0]) and torch.equal(h, case[1])
+
+
+@pytest.mark.parametrize(
+    ("hessian", "error", "message"),
+    [
+        (torch.eye(64), ValueError, r"take a hessian \(128, 128\); got \(64, 64\)"),
+        (torch.full((128, 128), torch.nan), ValueError, "must be finite; 16384 of its values are not"),
+        (torch.eye(128) + torch.ones(128, 128).triu(1), ValueError, "must be symmetric; it differs .* by up to 1"),
+        (-torch.eye(128), ValueError, "negative diagonal: -1 is no mean square"),
+        (torch.eye(128) + 2 * (1 - torch.eye(128)), ValueError, "not positive definite with damping 0.01"),
+        (torch.eye(128).long(), TypeError, "must be a floating-point torch.Tensor; got torch.int64"),
+        ([[1.0]], TypeError, "must be a floating-point torch.Tensor; got list"),
+    ],
+)
+def test_what_cannot_be_a_hessian_is_refused(case, hessian, error, message):
+    with pytest.raises(error, match=message):
+        nf4lab.quantize(case[0], hessian=hessian)
+
+
+def test_blocks_that_cross_rows_and_tensors_that_are_no_matrix_are_refused(case):
+    with pytest.raises(ValueError, match="block_size must divide the 128 columns; got 256"):
+        nf4lab.quantize(*case[:1], block_size=256, hessian=case[1])
+    with pytest.raises(ValueError, match=r"a hessian belongs to a matrix \(out, in\); got weights of shape \(3072,\)"):
+        nf4lab.quantize(case[0].reshape(-1), hessian=case[1])
+
+
+def test_weights_that_are_not_finite_are_refused(case):
+    w = case[0].clone()
+    w[3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"x must be finite in float32; .* at index \(3, 4\)"):
+        nf4lab.quantize(w, hessian=case[1])
+
+
+def test_calibration_gives_the_mean_of_x_x_transposed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = [torch.randn(4, 6), torch.randn(2, 7, 6)]
+    found = calibrate(model, batches)
+    rows = torch.cat([b.reshape(-1, 6) for b in batches])
+    hidden = model[1](model[0](rows))
+    assert list(found) == ["0", "2"]
+    # float32 sums of 18 products
+    assert torch.allclose(found["0"], rows.T @ rows / 18, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found["2"], hidden.T @ hidden / 18, rtol=1e-5, atol=1e-6)
+    assert not model[0]._forward_pre_hooks
+
+
+def test_batches_come_as_mappings_tuples_or_tensors():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, twice=False):
+            return self.layer(2 * x if twice else x)
+
+    x = torch.randn(4, 3)
+    for batch in ({"x": x, "twice": True}, (x, True), 2 * x):
+        assert torch.allclose(calibrate(Doubled(), [batch])["layer"], 4 * x.T @ x / 4)
+
+
+def test_a_shared_layer_counts_every_use_and_an_unused_one_is_left_out():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model.add_module("again", model[0])
+    model.unused, model.forward = nn.Linear(3, 3), lambda x: model[0](model[0](x))
+    x = torch.randn(4, 3)
+    rows = torch.cat([x, model[0](x)])
+    found = calibrate(model, [x])
+    assert list(found) == ["0"]
+    assert torch.allclose(found["0"], rows.T @ rows / 8, rtol=1e-5, atol=1e-6)
+
+
+def test_no_batch_and_inputs_that_are_not_finite_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="no batch to calibrate with"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="layer '0' was given an input that is not finite"):
+        calibrate(model, [torch.full((1, 3), torch.nan)])
+    assert not model[0]._forward_pre_hooks
+
+
+def test_the_output_error_is_that_of_the_outputs():
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(5, 8, generator=generator).double(), torch.randn(100, 8, generator=generator).double()
+    w_hat = w + 0.1 * torch.randn(5, 8, generator=generator).double()
+    expected = (x @ (w_hat - w).T).square().mean() / (x @ w.T).square().mean()
+    assert output_error(w, w_hat, x.T @ x / 100) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_scales_lower_the_output_error_where_some_inputs_are_large():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(32, 128, generator=generator)
+    x = torch.randn(1000, 128, generator=generator)
+    x[:, ::16] *= 30
+    hessian = x.T @ x / 1000
+
+    def rounded(w):
+        return nf4lab.quantize(w).dequantize()
+
+    scales, alpha = activation_scales(w, hessian, rounded)
+    assert 0 < alpha <= 1
+    assert (scales.max() * scales.min()).item() == pytest.approx(1, rel=1e-5)
+    scaled = output_error(w, rounded(w * scales) / scales, hessian)
+    assert scaled < 0.6 * output_error(w, rounded(w), hessian)

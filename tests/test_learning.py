@@ -1,0 +1,143 @@
+"""Levels and words learned from weights, and adapters that start where the error is."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import nf4lab
+from nf4lab.beyond.learning import k_means, learn_format, learn_rows, nearest_words, vector_codebook
+from nf4lab.beyond.starts import loftq, low_rank, pissa
+from nf4lab.formats import FORMATS
+
+sklearn_cluster = pytest.importorskip("sklearn.cluster")
+
+
+@pytest.fixture(scope="module")
+def w():
+    return torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def importance():
+    return torch.rand(256, generator=torch.Generator().manual_seed(1)) ** 4 + 0.01
+
+
+def sklearn_levels(points: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
+    start = FORMATS["nf4"].levels.double().numpy()[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a level that nothing is rounded to
+        found = sklearn_cluster.KMeans(16, init=start, n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(
+            points.reshape(-1, 1).double().numpy(), sample_weight=weight.reshape(-1).double().numpy()
+        )
+    return np.sort(found.cluster_centers_[:, 0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_learned_levels_equal_scikit_learns(w, importance, weighted):
+    absmax = w.reshape(-1, 64).abs().amax(1, keepdim=True)
+    counts = (importance if weighted else torch.ones(256)).expand_as(w).reshape(-1, 64) * absmax**2
+    expected = sklearn_levels(w.reshape(-1, 64) / absmax, counts)
+    format = learn_format(w, 64, importance if weighted else None)
+    assert np.abs(format.levels.double().numpy() - expected).max() < 1e-6  # float32 levels
+
+
+def test_a_table_a_row_is_each_rows_own(w, importance):
+    found = learn_rows(w, 64, importance)
+    for row in (0, 7):
+        alone = learn_rows(w[row : row + 1], 64, importance)
+        assert torch.equal(found.tables[row], alone.tables[0])
+        assert torch.equal(found.dequantize()[row], alone.dequantize()[0])
+
+
+def test_learning_lowers_the_error_that_it_is_given(w, importance):
+    def error(w_hat, weight):
+        return ((w_hat - w).square() * weight).mean().item()
+
+    plain = nf4lab.quantize(w).dequantize()
+    for weight in (None, importance):
+        counts = 1 if weight is None else weight
+        layer = nf4lab.quantize(w, learn_format(w, 64, weight), 64).dequantize()
+        rows = learn_rows(w, 64, weight).dequantize()
+        assert error(rows, counts) < error(layer, counts) < error(plain, counts)
+
+
+def test_bits_of_row_tables_count_tables_and_absmax(w):
+    assert learn_rows(w, 64).bits_per_weight == 4 + 16 * 16 / 256 + 32 / 64
+
+
+def test_a_level_that_nothing_is_rounded_to_stays_and_zeros_are_kept():
+    levels = k_means(torch.tensor([[0.9, 1.0]]), torch.ones(1, 2), torch.tensor([[-1.0, 1.0]]))
+    assert torch.allclose(levels, torch.tensor([[-1.0, 0.95]]))
+    assert not learn_rows(torch.zeros(2, 64), 64).dequantize().any()
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "message"),
+    [
+        (torch.full((2, 64), torch.nan), None, "must be finite"),
+        (torch.ones(2, 64), -torch.ones(64), "not negative"),
+        (torch.ones(2, 65), None, "block_size"),
+        (torch.ones(128), None, "matrix"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(weights, counts, message):
+    with pytest.raises(ValueError, match=message):
+        learn_rows(weights, 64, counts)
+
+
+def test_words_for_pairs_beat_levels_on_normal_weights_and_stay_above_the_limit():
+    generator = torch.Generator().manual_seed(0)
+    train, fresh = torch.randn(20_000, 2, generator=generator), torch.randn(50_000, 2, generator=generator)
+    words = vector_codebook(train)
+    error = nf4lab.mse(fresh, words[nearest_words(fresh, words)])
+    assert nf4lab.shannon_limit(4) < error < 0.00950100801  # Lloyd-Max, sigma known (published)
+
+
+def test_too_few_points_for_the_words_are_refused():
+    with pytest.raises(ValueError, match=r"256 words take at least as many points \(n, dim\); got \(10, 2\)"):
+        vector_codebook(torch.zeros(10, 2))
+
+
+# --- starts of adapters
+
+
+def test_the_low_rank_part_is_the_best_of_its_rank(w):
+    a, b = low_rank(w, 5)
+    rest = torch.linalg.svdvals(w)[5:].square().sum()
+    assert torch.allclose((w - b @ a).square().sum(), rest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [loftq, pissa])
+def test_a_start_lowers_the_error_of_the_base_more_with_every_rank(w, start):
+    errors = [nf4lab.mse(w, nf4lab.quantize(w).dequantize())]
+    for rank in (1, 4, 16):
+        base, a, b = start(w, rank, nf4lab.quantize)
+        errors.append(nf4lab.mse(w, base.dequantize() + b @ a))
+        assert a.shape == (rank, 256) and b.shape == (16, rank)
+    assert errors[-1] < 1e-6 or start is pissa
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_pissa_equals_pefts(w):
+    peft = pytest.importorskip("peft")
+    layer = torch.nn.Linear(256, 16, bias=False)
+    layer.weight.data.copy_(w)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(torch.nn.Sequential(layer), config).base_model.model[0]
+    _, a, b = pissa(w, 4, nf4lab.quantize)
+    product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+    assert torch.allclose(product, b @ a, rtol=0, atol=1e-5)  # float32 singular vectors
+    assert torch.allclose(theirs.base_layer.weight, w - b @ a, rtol=0, atol=1e-5)
+
+
+def test_loftq_never_does_worse_with_more_steps(w):
+    errors = [nf4lab.mse(w, q.dequantize() + b @ a) for q, a, b in (loftq(w, 4, nf4lab.quantize, n) for n in (1, 3, 8))]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(("rank", "shape"), [(0, (16, 256)), (17, (16, 256)), (1, (16,))])
+def test_a_rank_that_the_matrix_does_not_have_is_refused(rank, shape):
+    with pytest.raises(ValueError, match=f"got {rank} for"):
+        loftq(torch.ones(shape), rank, nf4lab.quantize)
