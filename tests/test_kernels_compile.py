@@ -18,7 +18,7 @@ pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda-bindings")
 from elftools.elf.elffile import ELFFile
 from numba import types
 
-from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, quantize_kernels
+from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, hadamard_kernels, quantize_kernels
 from nf4lab.kernels.cuda.assemble import assemble
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
@@ -94,6 +94,7 @@ TEACHING = {
     **{f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
     **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
     "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
+    "hadamard": (hadamard_kernels.butterflies, (FLOAT, NUMBER)),
 }
 
 

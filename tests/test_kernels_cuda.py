@@ -12,8 +12,9 @@ import torch
 
 import nf4lab
 from nf4lab.kernels import cuda
-from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
+from nf4lab.kernels.cuda import dequantize_kernels, hadamard_kernels, quantize_kernels
 from nf4lab.kernels.cuda.launch import SIMULATOR
+from nf4lab.kernels.hadamard import by_halves
 
 pytestmark = pytest.mark.skipif(cuda.available() is not None, reason=str(cuda.available()))
 DEVICE = "cpu" if SIMULATOR else "cuda"
@@ -515,3 +516,12 @@ def test_the_public_face_refuses_what_is_not_finite_and_formats_without_absmax()
     with pytest.raises(ValueError, match="'cuda' takes formats scaled by a float32 absmax; got 'uniform'"):
         nf4lab.quantize(x, "uniform", backend="cuda")
     assert nf4lab.quantize(x[:1], "uniform").packed.device.type == "cuda"
+
+
+@pytest.mark.parametrize("width", [1, 2, 64, 512])
+def test_the_hadamard_butterflies_equal_whole_stages_in_torch(width):
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = rows.clone()
+    by_halves(expected)
+    hadamard_kernels.butterflies_(rows)
+    assert torch.equal(rows, expected)
