@@ -1,16 +1,16 @@
 # `make` prints what there is. PYTHON names the interpreter that makes the environment (3.11 or later).
 PYTHON ?= python3
 BIN := .venv/bin
+NEEDS := a download of 1 GB, 3.5 GB of disk and some minutes
+NEEDS_CUDA := pip's torch for Linux brings CUDA's libraries where no build for the CPU alone is at hand: then 4 GB, 9 GB of disk.
 .DEFAULT_GOAL := help
 .PHONY: help book pdf test lint notebooks labs grade students bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-book: $(BIN)/ready ## build the book, running each page whose text, or the package, has changed
-	$(BIN)/jupyter-book build . -W --keep-going
-	$(BIN)/python book/make_pdf.py
-	@echo "open $(CURDIR)/_build/html/index.html"
+book: $(BIN)/ready ## build the book; PAGES="04 11" runs no other pages
+	@$(BIN)/python book/build.py $(PAGES)
 
 pdf: $(BIN)/ready ## the built book as one PDF, for which it needs a Chromium
 	$(BIN)/python book/make_pdf.py
@@ -53,7 +53,11 @@ clean: ## remove what was built, and the environment
 
 $(BIN)/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nf4lab needs Python 3.11 or later; this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	@mkdir -p _build
+	@echo "Installing into .venv: at first $(NEEDS). pip's own words go to _build/install.log."
+	@test "$$(uname -s)" != Linux || echo "$(NEEDS_CUDA)"
+	@$(PYTHON) -m venv .venv
+	@for what in '-r requirements.txt' '--no-deps -e .'; do \
+	  $(BIN)/pip install --disable-pip-version-check --progress-bar off $$what >> _build/install.log 2>&1 \
+	    || { tail -n 20 _build/install.log; exit 1; }; done
 	@touch $@

@@ -90,10 +90,3 @@ def test_every_figure_is_followed_by_its_caption(open_page, name):
     assert all(re.match(r"Figure (\d+\.)?\d\. ", caption) for caption in captions), captions
     numbers = [caption.split()[1] for caption in captions]
     assert numbers == sorted(set(numbers))
-
-
-@pytest.mark.parametrize("name", [page for page in PAGES if re.search(r"/\d\d-", page)])
-def test_a_chapter_leads_to_its_notebook_on_colab(name):
-    html = (SITE / f"{name}.html").read_text()
-    assert re.search(rf'href="https://colab\.research\.google\.com/github/[^"]+/{name}\.ipynb"', html)
-    assert (ROOT / f"{name}.ipynb").exists()

@@ -12,14 +12,17 @@ import subprocess
 from pathlib import Path
 
 from docutils import nodes
-from myst_nb.sphinx_ import NbMetadataCollector
+from runs import records
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "numba", "numba-cuda", "safetensors", "bitsandbytes",
             "jupyter-book", "Sphinx", "sphinx-book-theme")  # fmt: skip
+
+FROM = "built_from"  # among the metadata of a page with these tables: the commit that it names
 
 
 class RunsNode(nodes.General, nodes.Element):
@@ -30,7 +33,7 @@ class BuildStatus(SphinxDirective):
     """Three tables: where and when, with which versions, and how long each page ran."""
 
     def run(self) -> list[nodes.Node]:
-        self.env.note_reread()
+        self.env.metadata[self.env.docname][FROM] = commit(Path(self.env.srcdir))
         where = list(machine(Path(self.env.srcdir)).items())
         return [table(("what", "found"), where), table(("package", "version"), versions()), RunsNode()]
 
@@ -108,15 +111,14 @@ class ShowRuns(SphinxPostTransform):
 
     def runs(self) -> nodes.Node:
         """A row a page, in reading order, and their sum."""
-        data = {name: page.get("exec_data") for name, page in NbMetadataCollector.get_doc_data(self.env).items()}
-        ran = {name: run for name, run in data.items() if run and run["runtime"] is not None}
-        if not ran:
+        known = records(self.config.nb_execution_cache_path)
+        paths = {name: Path(self.env.doc2path(name)) for name in self.env.found_docs}
+        runs = {name: known[path] for name, path in paths.items() if path in known}
+        if not runs:
             return nodes.paragraph(text="In this build no page was run.")
-        rows = [
-            (self.link(name), f"{run['runtime']:.1f}", "to the end" if run["succeeded"] else "to an error")
-            for name, run in sorted(ran.items(), key=lambda item: (item[0] != self.config.root_doc, item[0]))
-        ]
-        total = sum(run["runtime"] for run in ran.values())
+        order = sorted(runs, key=lambda name: (name != self.config.root_doc, name))
+        rows = [(self.link(name), seconds(runs[name]), ended(runs[name])) for name in order]
+        total = sum(run["execution_seconds"] or 0 for run in runs.values())
         return table(("page", "seconds", "ran"), [*rows, ("all pages", f"{total:.1f}", "")])
 
     def link(self, name: str) -> nodes.paragraph:
@@ -138,8 +140,28 @@ class ShowRuns(SphinxPostTransform):
         )
 
 
+def seconds(run: dict) -> str:
+    """How long a page ran."""
+    return "–" if run["execution_seconds"] is None else f"{run['execution_seconds']:.1f}"
+
+
+def ended(run: dict) -> str:
+    """How far a page ran."""
+    if run["failure"] is None:
+        return "to the end"
+    return "not" if run["execution_seconds"] is None else "to an error"
+
+
+def refresh(app: Sphinx, env: BuildEnvironment, names: list[str]) -> None:
+    """Read the page again when Sphinx reads any other, or when the commit is another."""
+    pages = {name: data[FROM] for name, data in env.metadata.items() if FROM in data and name in env.found_docs}
+    now = commit(Path(app.srcdir)) if pages else None
+    names += [name for name, then in pages.items() if name not in names and (names or then != now)]
+
+
 def setup(app: Sphinx) -> dict:
     app.add_node(RunsNode)
     app.add_directive("build-status", BuildStatus)
     app.add_post_transform(ShowRuns)
+    app.connect("env-before-read-docs", refresh)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
