@@ -131,7 +131,8 @@ function mount(name, css, { title, question, look, parts }) {
     const card = el("section", { class: "card", "aria-labelledby": "title" },
       el("p", { class: "eyebrow" }, "Try it"), el("h3", { id: "title" }, title),
       el("p", { class: "question" }, question), ...parts(say),
-      el("p", { class: "look" }, el("b", {}, "Look for: "), look), live);
+      el("details", { class: "look", ...(matchMedia("print").matches && { open: "" }) },  // it gives the answer away
+        el("summary", {}, "What to look for"), el("p", {}, look)), live);
     // Arrow keys belong to the control that has the focus; the page would turn over.
     card.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); });
     const root = host.attachShadow({ mode: "open" });
