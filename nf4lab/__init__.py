@@ -8,6 +8,7 @@ from nf4lab.checkpoints.files import iterate_quantized, load_quantized, save_qua
 from nf4lab.codebooks import extremes, lloyd  # noqa: F401  the book calls them by these names
 from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
+from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.lora import LoRALinear, add_lora_, merge_lora_
 from nf4lab.layers.swap import QuantizedLayer, QuantizedLayers, quantize_model_
@@ -15,7 +16,7 @@ from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse
 
 __version__ = "0.1.0"
 __all__ = [
-    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
+    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Experts4bit", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
     "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "calibrate", "code_usage", "compression_ratio",
     "dequantize", "entropy_bits", "hadamard", "iterate_quantized", "load_quantized", "mae", "merge_lora_", "mse",
     "output_error", "quantize", "quantize_checkpoint", "quantize_model_", "save_quantized", "shannon_limit", "sqnr_db",

@@ -1,45 +1,72 @@
-"""A whole model in 4 bits: its linear layers swapped in place, one at a time."""
+"""A whole model in 4 bits: its layers quantized one at a time, then put in place all at once."""
 
 import math
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nf4lab.formats import Format
+from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.choice import (
+    EXCLUDED,
+    NOT_INCLUDED,
+    Candidate,
+    Choice,
+    candidates,
+    choose,
+    is_plain_linear,
+    warn_of_the_rest,
+)
+from nf4lab.formats import Format, as_format
 from nf4lab.formats.double_quant import DoubleQuant
+from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.stored import Stored4bit
 from nf4lab.metrics import mse
 
-# Which layers: a pattern or several, as a shell's, of dotted names; or a function of name and layer.
-Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+__all__ = ["QuantizedLayer", "QuantizedLayers", "choose_layers", "is_plain_linear", "quantize_model_", "replace_layer"]
+CHUNK = 2**18  # weights whose error is summed at once
 
 
 class QuantizedLayer(NamedTuple):
     """One row of what `quantize_model_` returns. error: mean squared error over the mean square of the weights."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: str
     bits_per_weight: float
     error: float
 
 
 class QuantizedLayers(list[QuantizedLayer]):
-    """A list of rows that prints as a table, with the number of all weights and their bits in the last line."""
+    """A list of rows that prints as a table, with the number of all weights and their bits in the last line.
+
+    kept: what matrices stay as they are, by name, and why; the table names them below. kept_share: the share that all
+    weights left as they are have in the model's.
+    """
+
+    kept: dict[str, str]
+    kept_share: float
+
+    def __init__(self, rows=(), kept: dict[str, str] | None = None, kept_share: float = 0.0):
+        super().__init__(rows)
+        self.kept, self.kept_share = kept or {}, kept_share
 
     def __str__(self) -> str:
         width = max([len("all layers"), *(len(row.name) for row in self)])
         lines = [f"{'layer':{width}} {'shape':>13} {'format':>14} {'bits':>7} {'error':>8}"]
         for row in self:
-            shape = f"{row.shape[0]} x {row.shape[1]}"
+            shape = " x ".join(map(str, row.shape))
             lines.append(f"{row.name:{width}} {shape:>13} {row.format:>14} {row.bits_per_weight:7.4f} {row.error:8.5f}")
         weights = sum(math.prod(row.shape) for row in self)
         bits = sum(math.prod(row.shape) * row.bits_per_weight for row in self) / weights if weights else math.nan
-        return "\n".join([*lines, f"{'all layers':{width}} {weights:13,} {'':>14} {bits:7.4f}"])
+        lines.append(f"{'all layers':{width}} {weights:13,} {'':>14} {bits:7.4f}")
+        if self.kept:
+            lines.append(f"left as they are, {self.kept_share:.1%} of the weights:")
+            lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines)
 
 
 def quantize_model_(
@@ -53,33 +80,38 @@ def quantize_model_(
     exclude: Choice = (),
     progress: bool = True,
 ) -> QuantizedLayers:
-    """Swap the linear layers of `model` for Linear4bit, in place; return a row for each: name, shape, format, error.
+    """Put the matrices of `model` that multiply into 4 bits, in place; return a row for each, and what stays and why.
 
-    include, exclude: patterns of dotted names ("*.attention.*"), or functions of (name, layer). A layer used in two
-    places is quantized once and stays shared. Subclasses of torch.nn.Linear that compute something else, such as
-    bitsandbytes' layers, are left alone, and so is everything that is not a linear layer: embeddings among them, and
-    a weight that an embedding shares with a layer is kept by the embedding.
+    Linear layers become Linear4bit, and so does the Conv1D of GPT-2; the three-dimensional parameters of fused experts
+    become Experts4bit. What stays: embeddings and what shares their weight, output heads, routers, layers that
+    transformers keeps in float32 or that the `llm_int8_skip_modules` of the model's configuration lists, adapters, and
+    subclasses of torch.nn.Linear that compute something else. See `nf4lab.choice`.
+
+    include, exclude: patterns of dotted names ("*.attention.*"), or functions of (name, layer). A pattern of `include`
+    that names what would stay ("*lm_head*", but not "*") has it quantized all the same. A layer used in two places is
+    quantized once and stays shared.
     progress: a bar, where the work takes more than two seconds.
 
-    Layers go one at a time, and each old weight is freed before the next is read: beside the model, memory is needed
-    for one layer, dequantized to measure its error, and for its packed bytes.
+    All or nothing: each layer is quantized before the first is replaced. Beside the model, memory is needed for its
+    4-bit copy. accelerate's hooks move to the new layers.
 
-    Raises ValueError where nothing is chosen, where a pattern matches no linear layer, where a chosen layer has hooks,
-    which would be lost, and where `model` is itself a linear layer, which can only be replaced from outside; otherwise
-    as `nf4lab.quantize`.
+    Warns where over half of the weights stay, those that `exclude` names not counted.
+    Raises ValueError where nothing is chosen, where a pattern matches nothing or names what can't be quantized, where a
+    chosen layer has hooks, which would be lost, and where `model` is itself a linear layer, which can only be replaced
+    from outside; otherwise as `nf4lab.quantize`, with the layer's name. The model is then as it was.
     """
-    chosen = choose_layers(model, is_plain_linear, include, exclude)
-    _refuse_hooks(model, chosen)
-    rows = QuantizedLayers()
-    for names in tqdm(chosen, desc="quantize", unit="layer", delay=2, disable=not progress):
-        rows.append(_swap(model, names, format, block_size, double_quant, compute_dtype))
-    return rows
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether the layer is a torch.nn.Linear, or a subclass that computes the same."""
-    as_usual = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    return as_usual and "forward" not in vars(layer)  # some libraries replace it in the one layer
+    format = as_format(format)
+    if is_plain_linear(model):
+        raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
+    chosen, others = choose(candidates(model), include, exclude)
+    for candidate in chosen:
+        _check_replaceable(candidate)
+    made = []
+    for candidate in tqdm(chosen, desc="quantize", unit="layer", delay=2, disable=not progress):
+        made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype))
+    for candidate, (layer, _) in zip(chosen, made, strict=True):
+        _put(model, candidate, layer)
+    return _reported(model, [row for _, row in made], others)
 
 
 def choose_layers(
@@ -89,36 +121,12 @@ def choose_layers(
     if kind(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
     shared: dict[int, list[str]] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
         if kind(layer):
             shared.setdefault(id(layer), []).append(name)
-    everything = list(shared.values())
-    wanted, unwanted = (_matches(model, everything, choice) for choice in (include, exclude))
-    chosen = [names for k, names in enumerate(everything) if k in wanted - unwanted]
-    if not chosen:
-        raise ValueError(f"no layer is chosen: of {len(everything)}, {len(wanted)} included, {len(unwanted)} excluded")
-    return chosen
-
-
-def _refuse_hooks(model: nn.Module, chosen: list[list[str]]) -> None:
-    for name, *_ in chosen:
-        layer = model.get_submodule(name)
-        if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
-            raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or exclude the layer")
-
-
-def _matches(model: nn.Module, everything: list[list[str]], choice: Choice) -> set[int]:
-    """Which layers a choice names, by number."""
-    if callable(choice):
-        return {k for k, names in enumerate(everything) if any(choice(n, model.get_submodule(n)) for n in names)}
-    found = set()
-    for pattern in (choice,) if isinstance(choice, str) else choice:
-        matching = {k for k, names in enumerate(everything) if any(fnmatchcase(n, pattern) for n in names)}
-        if not matching and pattern != "*":
-            some = ", ".join(names[0] for names in everything[:3])
-            raise ValueError(f"{pattern!r} matches none of the {len(everything)} layers ({some}, …)")
-        found |= matching
-    return found
+    found = [Candidate(tuple(names), "linear", 0, module=layers[names[0]]) for names in shared.values()]
+    return [list(candidate.names) for candidate in choose(found, include, exclude)[0]]
 
 
 def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
@@ -128,15 +136,69 @@ def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, layer)
 
 
-def _swap(model: nn.Module, names: list[str], *how) -> QuantizedLayer:
-    old = model.get_submodule(names[0])
-    format, block_size, double_quant, compute_dtype = how
-    new = Linear4bit.from_linear(old, format, block_size, double_quant, compute_dtype)
-    replace_layer(model, names, new)
-    q = new.quantized
-    return QuantizedLayer(names[0], tuple(q.shape), q.format.name, q.bits_per_weight, _error(old.weight, new))
+def _check_replaceable(candidate: Candidate) -> None:
+    """Raise where a layer cannot be replaced without losing something."""
+    layer, name = candidate.module, candidate.names[0]
+    if candidate.kind == "experts":
+        return  # the module stays, with its hooks
+    if candidate.kind == "embedding":
+        raise ValueError(f"layer {name!r} is an embedding, which this version keeps as it is")
+    if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+        raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or exclude the layer")
+    if layer.weight.is_meta:
+        where = "offloaded by accelerate" if hasattr(layer, "_hf_hook") else "on the meta device"
+        raise ValueError(f"layer {name!r} is {where}: its {tuple(layer.weight.shape)} weight is not in memory")
 
 
-def _error(w: Tensor, layer: Linear4bit) -> float:
-    power = sum(part.double().square().sum().item() for part in w.detach().reshape(-1).split(2**18))
-    return mse(w, layer.weight) * w.numel() / power if power else 0.0
+def _quantized(
+    candidate: Candidate, format, block_size, double_quant, compute_dtype
+) -> tuple[nn.Module, QuantizedLayer]:
+    """The 4-bit layer for a candidate, which stays as it is, and the layer's row. An error names the layer."""
+    layer, name = candidate.module, candidate.names[0]
+    weight = getattr(layer, name.rpartition(".")[2]) if candidate.kind == "experts" else layer.weight
+    weight = weight.detach().T if candidate.kind == "conv1d" else weight.detach()
+    try:
+        q = quantize(weight, format, block_size, double_quant)
+        new = Experts4bit(q) if candidate.kind == "experts" else Linear4bit(q, layer.bias, compute_dtype)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from None
+    row = QuantizedLayer(name, tuple(q.shape), q.format.name, q.bits_per_weight, _error(weight, q))
+    return new.train(layer.training), row
+
+
+def _put(model: nn.Module, candidate: Candidate, layer: nn.Module) -> None:
+    """Put a layer in a candidate's place, or in that of a parameter of fused experts, with accelerate's hook."""
+    if candidate.kind == "experts":
+        Experts4bit.put(candidate.module, candidate.names[0].rpartition(".")[2], layer)
+        _save_as_named(model, candidate.names[0])
+        return
+    hook = getattr(candidate.module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, hook)
+    replace_layer(model, list(candidate.names), layer)
+
+
+def _save_as_named(model: nn.Module, name: str) -> None:
+    """Have transformers save a model with quantized experts under its own names, not split as the checkpoint was."""
+    for prefix, module in model.named_modules():
+        if hasattr(type(module), "save_pretrained") and name.startswith(prefix):
+            module._weight_conversions = []
+            return
+
+
+def _reported(model: nn.Module, rows: list[QuantizedLayer], others: list[tuple[Candidate, str]]) -> QuantizedLayers:
+    """The rows with what stays and its share; a warning where that is over half, not counting what a user left out."""
+    quantized = sum(m.quantized.numel for m in model.modules() if isinstance(m, Stored4bit))
+    plain = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    left_out = sum(candidate.numel for candidate, why in others if why in (EXCLUDED, NOT_INCLUDED))
+    kept = {candidate.names[0]: why for candidate, why in others}
+    if 2 * (plain - left_out) > plain + quantized:
+        warn_of_the_rest(plain / (plain + quantized), kept, stacklevel=3)
+    return QuantizedLayers(rows, kept, plain / (plain + quantized))
+
+
+def _error(w: Tensor, q: QuantizedTensor) -> float:
+    power = sum(part.double().square().sum().item() for part in w.reshape(-1).split(CHUNK))
+    return mse(w, q.dequantize()) * w.numel() / power if power else 0.0

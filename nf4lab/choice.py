@@ -1,0 +1,308 @@
+"""What of a model to quantize, and why the rest stays: the one judge that models in memory and files on a disk share.
+
+A matrix that multiplies is quantized: the weight of a linear layer, of transformers' Conv1D, and each expert's of a
+fused mixture. What stays is what transformers' bitsandbytes integration leaves alone too: embeddings and what shares
+their weight, output heads, routers, modules that a model keeps in float32; and adapters, which are there to train.
+A pattern can exclude more of it, and can *name* what would stay: "*lm_head*" does, "*" does not.
+"""
+
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+# Which layers: a pattern or several, as a shell's, of dotted names; or a function of name and layer.
+Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+# What a name alone tells, where there is no model to ask.
+EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "*.shared", "shared", "*relative_attention_bias*")
+HEADS = ("lm_head", "embed_out", "score")
+HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix of a model.
+
+    names: of its layer, more than one where it is used in several places; of fused experts the parameter's.
+    kind: "linear", "conv1d" (stored transposed), "experts" (three-dimensional), "embedding", or "other".
+    stays: why it is left as it is unless a pattern names it; empty for what is quantized.
+    always: whether it stays even then.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    numel: int
+    stays: str = ""
+    always: bool = False
+    module: nn.Module | None = field(default=None, repr=False)
+
+
+# --- a model in memory
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every matrix of a model, in the order of its modules, with the reason for what stays."""
+    why = list(_kept_by_transformers(model))
+    adapters = tuple(f"{name}." for name in _adapters(model))
+    places: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        places.setdefault(id(module), []).append(name)
+    tied = _tied_weights(modules)
+    found = []
+    for names in places.values():
+        module = modules[names[0]]
+        for kind, weight, numel in _matrices(module):
+            by_parameter = kind in ("experts", "other")
+            full = tuple(f"{name}.{weight}".lstrip(".") if by_parameter else name for name in names)
+            stays, always = _verdict(modules, names, module, kind, why, tied)
+            if any(f"{name}.".startswith(adapters) for name in names):
+                stays, always = "adapter", True
+            found.append(Candidate(full, kind, numel, stays, always, module))
+    return found
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a torch.nn.Linear, or a subclass that computes the same.
+
+    accelerate wraps the forward method of a layer that it moves data for; such a layer still computes the same.
+    """
+    as_usual = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    replaced = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")  # some libraries replace it in the one layer
+    return as_usual and not replaced and not hasattr(layer, "parametrizations")
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' Conv1D: a linear layer, of GPT-2 and its time, with its weight transposed."""
+    library = sys.modules.get("transformers.pytorch_utils")  # where no one has imported it, nothing is one
+    return library is not None and type(layer) is library.Conv1D
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """(kind, attribute, number of weights) of each parameter of a module itself that is a matrix, or more than one."""
+    fused = re.search("expert|moe", type(module).__name__, re.IGNORECASE)
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            continue
+        kind = "other"
+        if name == "weight" and is_plain_linear(module):
+            kind = "linear"
+        elif name == "weight" and is_conv1d(module):
+            kind = "conv1d"
+        elif name == "weight" and isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif fused and parameter.dim() == 3:
+            kind = "experts"
+        yield kind, name, parameter.numel()
+
+
+def _verdict(modules, names, module, kind, why, tied) -> tuple[str, bool]:
+    """(why a matrix stays, whether always) of one module; empty for what is quantized."""
+    name, kind_of_module = names[0], type(module)
+    if kind == "other":
+        return f"in a {kind_of_module.__name__}", True
+    if kind in ("linear", "conv1d") and id(module.weight) in tied:
+        return f"its weight is also that of {next(n for n in tied[id(module.weight)] if n not in names)}", True
+    if kind == "embedding":
+        return EMBEDDING, id(module.weight) in tied or kind_of_module is not nn.Embedding
+    for patterns, reason in why:
+        if any(skips(patterns, n) for n in names):
+            return reason, False
+    if kind != "linear":
+        return "", False
+    if why:  # in a model of transformers its rule decides, and it replaces torch.nn.Linear itself only
+        return ("", False) if kind_of_module is nn.Linear else (f"a {kind_of_module.__name__}", False)
+    return HEAD if is_head(name) else ROUTER if is_router(name, modules.__contains__) else "", False
+
+
+def _tied_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """Weights that something other than linear layers uses too, by id: the names of all their users."""
+    users: dict[int, dict[int, str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {}).setdefault(id(module), name)
+    kinds = {id(m): is_plain_linear(m) or is_conv1d(m) for m in modules.values()}
+    return {weight: list(by.values()) for weight, by in users.items() if len(by) > 1 and not all(kinds[m] for m in by)}
+
+
+def _adapters(model: nn.Module) -> Iterator[str]:
+    """The names of modules that PEFT, or something that marks its layers as PEFT does, has put in to be trained."""
+    for name, module in model.named_modules():
+        marked = getattr(type(module), "adapter_layer_names", ()) + getattr(type(module), "other_param_names", ())
+        yield from (f"{name}.{part}".lstrip(".") for part in marked if hasattr(module, part))
+        if {"original_module", "modules_to_save"} <= set(dict(module.named_children())):
+            yield name
+        if hasattr(type(module), "prompt_encoder") or "prompt_encoder" in module._modules:
+            yield f"{name}.prompt_encoder".lstrip(".")
+
+
+def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(patterns of names, why) for what transformers' quantizers leave alone in each model of transformers in here.
+
+    The rule is `get_keys_to_not_convert`'s: tied weights, the output embeddings, the last parameter's module; then the
+    modules that the model keeps in float32; or, where the configuration has a list of its own, that list instead.
+    """
+    seen: list[str] = []
+    for prefix, module in model.named_modules():
+        if not hasattr(type(module), "get_output_embeddings") or any(prefix.startswith(s) for s in seen):
+            continue
+        dot = f"{prefix}." if prefix else ""
+        seen.append(dot)
+        listed = skip_list(getattr(module, "config", None))
+        if listed is None:
+            tied = getattr(module, "all_tied_weights_keys", None) or {}
+            yield _under(dot, {*tied, *tied.values()}), "tied weight"
+            head = module.get_output_embeddings()
+            yield _under(dot, {n for n, m in module.named_modules() if head is not None and m is head}), HEAD
+            yield _under(dot, {n for n, _ in list(module.named_parameters())[-1:]}), "last layer"
+        else:
+            yield _under(dot, listed, anywhere=True), "skip list"
+        kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+        yield _under(dot, kept, anywhere=True), "kept in float32"
+
+
+def _under(prefix: str, keys: Collection[str], anywhere: bool = False) -> tuple[str, ...]:
+    """Keys of a part of a model as keys of the whole; those that may stand anywhere are left as they are."""
+    return tuple(key if anywhere else prefix + key.removesuffix(".weight") for key in sorted(keys))
+
+
+def skip_list(config) -> list[str] | None:
+    """`llm_int8_skip_modules` of a model's configuration, an object or the dict of a config.json; None without one."""
+    quantization = _get(config, "quantization_config")
+    return _get(quantization, "llm_int8_skip_modules")
+
+
+def _get(values, name: str):
+    return values.get(name) if isinstance(values, dict) else getattr(values, name, None)
+
+
+# --- names alone
+
+
+def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
+    """The matrices among tensors of these names and shapes, judged by their names: one ending in .weight multiplies."""
+    found = []
+    for key, shape in shapes.items():
+        name = key.removesuffix(".weight")
+        if len(shape) != 2:
+            continue
+        if any(fnmatchcase(key, pattern) for pattern in EMBEDDINGS) or name in EMBEDDINGS:
+            kind, stays = "embedding", EMBEDDING
+        elif name == key:
+            kind, stays = "linear", "no weight of a layer, by its name"
+        else:
+            kind, stays = "linear", HEAD if is_head(name) else ROUTER if is_router(name, shapes.__contains__) else ""
+        found.append(Candidate((key,), kind, math.prod(shape), stays))
+    return found
+
+
+def is_head(name: str) -> bool:
+    """Whether a layer of that dotted name is a model's output head."""
+    return name.rpartition(".")[2] in HEADS
+
+
+def is_router(name: str, exists: Callable[[str], bool]) -> bool:
+    """Whether a layer of that name chooses among experts: a router by name, or a gate that stands beside experts."""
+    parent, dot, last = name.rpartition(".")
+    first = (f"0.{part}.weight" for part in ("w1", "gate_proj", "up_proj", "down_proj"))
+    beside = (f"{parent}{dot}experts{rest}" for rest in ("", *(f".{part}" for part in ("0", "gate_up_proj", *first))))
+    return last == "router" or (last == "gate" and any(map(exists, beside)))
+
+
+# --- the choice
+
+EXCLUDED, NOT_INCLUDED = "excluded", "not included"
+
+
+def choose(
+    found: list[Candidate], include: Choice, exclude: Choice, what: str = "layers"
+) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    """(the candidates to quantize, the others each with why it stays).
+
+    include, exclude: patterns of names, or functions of (name, layer), which are asked about linear layers only.
+    Patterns of `include` name a candidate that would stay where their last part does and is not a bare *; a function
+    can't name what stays.
+
+    Raises ValueError where a pattern matches no candidate, or none that can be quantized, and where nothing is chosen.
+    """
+    wanted, unwanted = (_matches(found, choice, what) for choice in (include, exclude))
+    _check_possible(found, include)
+    chosen, others = [], []
+    for k, candidate in enumerate(found):
+        named = k in wanted and _is_named(candidate, include)
+        if k in unwanted or k not in wanted:
+            others.append((candidate, EXCLUDED if k in unwanted else candidate.stays or NOT_INCLUDED))
+        elif candidate.stays and (candidate.always or not named):
+            others.append((candidate, candidate.stays))
+        else:
+            chosen.append(candidate)
+    if not chosen:
+        kept = [f"; {c.names[0]} stays: {why}" for c, why in others if c.stays][:1]
+        numbers = f"of {len(found)}, {len(wanted)} included, {len(unwanted)} excluded"
+        raise ValueError(f"no {what.removesuffix('s')} is chosen: {numbers}{''.join(kept)}")
+    return chosen, others
+
+
+def warn_of_the_rest(share: float, kept: dict[str, str], stacklevel: int = 2) -> None:
+    """Warn that most of a model's weights stay as they are, and name the first."""
+    some = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:3])
+    warnings.warn(f"{share:.0%} of the weights stay as they are: {some}{', …' if len(kept) > 3 else ''}; "
+                  "`include` can name them, `exclude` says that you know", stacklevel=stacklevel + 1)  # fmt: skip
+
+
+def as_patterns(choice: str | Iterable[str]) -> tuple[str, ...]:
+    """A pattern or several, as a tuple."""
+    return (choice,) if isinstance(choice, str) else tuple(choice)
+
+
+def _matches(found: list[Candidate], choice: Choice, what: str) -> set[int]:
+    """Which candidates a choice matches, by number."""
+    if callable(choice):
+        asked = ((k, c) for k, c in enumerate(found) if c.kind in ("linear", "conv1d"))
+        return {k for k, c in asked if any(choice(name, c.module) for name in c.names)}
+    matched: set[int] = set()
+    for pattern in as_patterns(choice):
+        here = {k for k, c in enumerate(found) if any(fnmatchcase(name, pattern) for name in c.names)}
+        if not here and pattern.strip("*"):
+            some = ", ".join(c.names[0] for c in found[:3])
+            raise ValueError(f"{pattern!r} matches none of the {len(found)} {what} ({some}, …)")
+        matched |= here
+    return matched
+
+
+def _check_possible(found: list[Candidate], include: Choice) -> None:
+    """Raise for a pattern that matches nothing but what can't be quantized."""
+    for pattern in () if callable(include) else as_patterns(include):
+        here = [c for c in found if any(fnmatchcase(name, pattern) for name in c.names)]
+        if pattern.strip("*") and here and all(c.always for c in here):
+            raise ValueError(f"{pattern!r}: {here[0].names[0]} can't be quantized: {here[0].stays}")
+
+
+def _is_named(candidate: Candidate, include: Choice) -> bool:
+    """Whether a pattern says that it means this candidate: "*lm_head*" or "model.head", not "model.*"."""
+    if callable(include):
+        return False
+    ends = [name.removesuffix(".weight").rpartition(".")[2] for name in candidate.names]
+    lasts = [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in as_patterns(include)]
+    inside_experts = any("experts" in name for name in candidate.names)  # "*experts*" means all of their parts
+    return any(
+        last.strip("*?") and (fnmatchcase(end, last) or (inside_experts and "experts" in last))
+        for last in lasts for end in ends
+    )  # fmt: skip
+
+
+def skips(patterns: Iterable[str], name: str) -> bool:
+    """Whether transformers leaves a module of that name alone, given its list of what to skip.
+
+    A pattern is a regular expression that matches from the start up to the end of a part, or a suffix.
+    Source: transformers 5, quantizers_utils.should_convert_module.
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(f"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)

@@ -1,0 +1,95 @@
+"""Fused experts in 4 bits: the three-dimensional parameter of a mixture, decoded as a whole or one expert at a time.
+
+transformers 5 keeps the experts of a mixture (Mixtral, Qwen3-MoE, …) in parameters (n_experts, rows, columns) of a
+module whose forward pass either takes experts one by one or hands the whole to a grouped product. So what replaces
+such a parameter stands for a tensor: `weight[i]` decodes one expert, anything else decodes all of them.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoints.keys import parts_of
+from nf4lab.layers.stored import Stored4bit
+
+
+class Experts4bit(Stored4bit):
+    """A parameter of fused experts with its values in 4 bits; it behaves as the tensor that it decodes to.
+
+    weight: a QuantizedTensor of shape (n_experts, …), quantized as one long row: where an expert's weights are a
+    multiple of the block size, as in every published model, each expert has blocks of its own.
+    In a state_dict it has the parameter's own name, and the names of its constants behind it, as bitsandbytes'
+    `nn.parametrize` has.
+
+    Raises TypeError unless weight is a QuantizedTensor, ValueError unless it has three dimensions.
+    """
+
+    def __init__(self, weight: QuantizedTensor):
+        if not isinstance(weight, QuantizedTensor):
+            raise TypeError(f"weight must be a QuantizedTensor; got {type(weight).__name__}")
+        if len(weight.shape) != 3:
+            raise ValueError(f"experts have shape (n_experts, rows, columns); got {tuple(weight.shape)}")
+        super().__init__(weight)
+
+    @staticmethod
+    def put(module: nn.Module, name: str, experts: "Experts4bit") -> None:
+        """Put experts in the place of a parameter of `module`."""
+        del module._parameters[name]
+        module.add_module(name, experts)
+
+    def __getitem__(self, index) -> Tensor:
+        """One expert decoded where index is an integer; else the same part of all of them, decoded."""
+        is_one = isinstance(index, int) or (
+            isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
+        )
+        return self._expert(int(index)) if is_one else self.weight[index]
+
+    def _expert(self, index: int) -> Tensor:
+        q = self.quantized
+        size = math.prod(q.shape[1:])
+        if size % q.block_size or not -q.shape[0] <= index < q.shape[0]:
+            return self.weight[index]
+        blocks = slice(index % q.shape[0] * size // q.block_size, (index % q.shape[0] + 1) * size // q.block_size)
+        width = q.packed.numel() // q.shape[0]  # bytes of an expert
+        location = None if q.location is None else q.location[blocks]
+        part = replace(
+            q, packed=q.packed[index % q.shape[0] * width :][:width], stored_scale=q.scale[blocks],
+            stored_location=location, shape=q.shape[1:],
+        )  # fmt: skip
+        return part.dequantize()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str):
+        """What a module lacks and a tensor has, such as `shape` or `transpose`, is the decoded tensor's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+        if name == "shape":
+            return self.quantized.shape
+        if name == "device":
+            return self.packed.device
+        return getattr(self.weight, name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """A function of torch gets the decoded tensor."""
+        decoded = [a.weight if isinstance(a, Experts4bit) else a for a in args]
+        named = {k: a.weight if isinstance(a, Experts4bit) else a for k, a in (kwargs or {}).items()}
+        return function(*decoded, **named)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """As bitsandbytes: the packed bytes under the parameter's own name."""
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination.update(parts_of(prefix.removesuffix("."), self.quantized))
+
+    def extra_repr(self) -> str:
+        """What repr shows between the brackets."""
+        q = self.quantized
+        return f"{tuple(q.shape)}, {q.format.name}, block_size={q.block_size}, bits_per_weight={q.bits_per_weight:.4f}"
