@@ -15,4 +15,16 @@ from nf4lab.backends.cpu import empty
 QUANTIZE = {"torch": reference.quantize, "cpu": cpu.quantize, "cuda": cuda.quantize}
 DEQUANTIZE = {"torch": reference.dequantize, "cpu": cpu.dequantize, "cuda": cuda.dequantize}
 
-__all__ = ["CPU_FROM", "DEQUANTIZE", "QUANTIZE", "choose", "empty"]
+__all__ = ["CPU_FROM", "DEQUANTIZE", "QUANTIZE", "choose", "empty", "prepare"]
+
+
+def prepare(packed, stored_scale, format, shape, block_size, dtype):
+    """(gemv, fill): what multiplies by this matrix (n, k) and what writes it out, both ready to be called often.
+
+    gemv(x, bias, out, rows) serves 1 to gemv.rows rows of contiguous x; fill(out) takes a contiguous out. Both are of
+    dtype, on packed's device, and hold addresses: the tensors must stay alive, and where they are. (None, None) where
+    the backend has nothing that it can make ready.
+    """
+    if choose(None, packed.device, dtype, shape[0] * shape[1], format) == "cuda":
+        return cuda.prepare(packed, stored_scale, format, shape, block_size, dtype)
+    return None, None

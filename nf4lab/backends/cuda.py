@@ -6,11 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from nf4lab.backends.choice import choose
 from nf4lab.formats.double_quant import MAPS, QuantizedConstants
 from nf4lab.formats.format import Format
-
-GEMV_ROWS = 16  # rows of x that the fused kernel takes at most
 
 
 def quantize(
@@ -38,33 +35,33 @@ def dequantize(q, out: Tensor) -> None:
     cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
 
 
-def gemv(x: Tensor, q, bias: Tensor | None) -> Tensor | None:
-    """x W^T + bias without writing out W, the QuantizedTensor q of shape (n, k): x (..., k) to (..., n).
-
-    None where the kernel does not serve: off a GPU, for more than 16 rows or none, for other formats and dtypes.
-    """
-    rows = math.prod(x.shape[:-1])
-    if not (x.is_cuda and 1 <= rows <= GEMV_ROWS and q.numel):
-        return None
-    if choose(None, x.device, x.dtype, q.numel, q.format) != "cuda":
-        return None
+def prepare(packed, stored_scale, format: Format, shape: tuple[int, int], block_size: int, dtype: torch.dtype):
+    """See `nf4lab.backends.prepare`. Constants that the kernels do not decode on their way can't be made ready."""
     from nf4lab.kernels import cuda
 
-    levels = _cuda_levels(q.format, 16, x.device)
-    constants = _cuda_absmax(q.stored_scale)
-    return cuda.gemv(x.contiguous(), q.packed, constants, levels, shape=q.shape, block_size=q.block_size, bias=bias)
+    if isinstance(stored_scale, QuantizedConstants) and not _decoded_on_the_way(stored_scale):
+        return None, None
+    n, k = shape
+    parts = packed, _cuda_absmax(stored_scale), _cuda_levels(format, 16, packed.device)
+    fill = cuda.prepare_dequantize(*parts, n=n * k, block_size=block_size, dtype=dtype)
+    gemv = cuda.prepare_gemv(*parts, shape=shape, block_size=block_size, dtype=dtype) if n * k else None
+    return gemv, fill
 
 
 def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
     """Constants as the kernel takes them: decoded on the way where they are 8-bit, centred, in groups of 2**k."""
     if not isinstance(stored, QuantizedConstants):
         return stored
-    scheme = stored.double_quant
-    map = MAPS[scheme.map]
-    if map.code_bits != 8 or stored.offset is None or scheme.group_size & (scheme.group_size - 1):
+    if not _decoded_on_the_way(stored):
         return stored.dequantize()
-    code_map = _cuda_levels(map, 256, stored.codes.device)
+    scheme = stored.double_quant
+    code_map = _cuda_levels(MAPS[scheme.map], 256, stored.codes.device)
     return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
+
+
+def _decoded_on_the_way(stored: QuantizedConstants) -> bool:
+    size = stored.double_quant.group_size
+    return MAPS[stored.double_quant.map].code_bits == 8 and stored.offset is not None and not size & (size - 1)
 
 
 @functools.lru_cache(maxsize=64)

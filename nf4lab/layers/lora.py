@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.ops import autocast_dtype
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 
 
@@ -40,10 +41,19 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, in_features) to (…, out_features)."""
-        y = self.base(x)
-        inside = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, rank)
-        return y + (F.linear(inside, self.lora_B) * self.scaling).to(y.dtype)
+        """x (…, in_features) to (…, out_features).
+
+        Scaled is what has rank numbers a row, and the frozen product is added onto the adapter's: two products and
+        nothing else of the output's size. The adapter goes first, since it alone keeps something for the backward
+        pass: activation checkpointing runs a layer again only as far as that.
+        """
+        rows = x.reshape(-1, self.in_features)
+        inside = self.dropout(rows)
+        inside = inside if autocast_dtype(x) else inside.to(self.lora_A.dtype)
+        inside = F.linear(inside, self.lora_A) * self.scaling  # (rows, rank)
+        y = F.linear(inside, self.lora_B).to(autocast_dtype(x) or x.dtype)
+        y = self.base(rows, y) if isinstance(self.base, Linear4bit) else self.base(rows) + y
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """One plain layer that does the same: weight W_hat + scaling * B A, in `dtype` (default: the base's).

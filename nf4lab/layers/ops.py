@@ -1,125 +1,170 @@
-"""The ops under every 4-bit layer: opaque to torch.compile, so that it runs the kernels instead of tracing them.
+"""The products of every 4-bit layer, as ops of torch: opaque to torch.compile, which runs them and does not trace them.
 
     y = x W_hat^T + bias        grad_x = grad_y W_hat
 
-Each pass writes W_hat out for itself and drops it. Between them the graph holds the packed bytes and nothing else:
-not W_hat, and not x, since a frozen weight has no gradient.
+Each pass writes W_hat out for itself and drops it. Between them the graph holds neither W_hat nor x, since a frozen
+weight has no gradient: only the layer's own tensors, which exist anyway.
+
+A plain call goes past the ops, straight to what is prepared; whoever has to see an op (torch.compile, torch.export, a
+mode, a subclass of Tensor, torch.func) sees one. Both compute the same bits.
 """
 
 import contextlib
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from nf4lab.backends import cuda
-from nf4lab.blockwise import QuantizedTensor
-from nf4lab.formats.double_quant import QuantizedConstants
+from nf4lab.layers.layout import shape_of
+from nf4lab.layers.prepared import prepared
 
-# --- a QuantizedTensor as arguments of an op
-
-# An op takes tensors, numbers and strings. So a QuantizedTensor travels as the list of its tensors and the name of its
-# layout: what is left of it on the meta device, without the data. Equal layouts share a name.
-layouts: dict[str, QuantizedTensor] = {}
+PLAIN = (Tensor, nn.Parameter)
+is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+transform, tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 
 
-def tensors_of(part: QuantizedTensor | QuantizedConstants) -> dict[str, Tensor]:
-    """The tensors that `part` is made of, by field name; those of nested constants as "field_inner"."""
-    found = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Tensor):
-            found[field.name] = value
-        elif isinstance(value, QuantizedConstants):
-            found |= {f"{field.name}_{inner}": tensor for inner, tensor in tensors_of(value).items()}
-    return found
+def linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
+    """x W_hat^T + bias, for x (…, k) and bias (n,), all of one dtype."""
+    if not is_plain(x, stored[0], bias):
+        return _seen(x, stored, bias, layout)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return FrozenLinear.apply(x, bias, stored, layout)
+    return _linear(x, stored, bias, layout)
 
 
-def with_tensors(part: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
-    """`part` with the tensors that `tensors_of` names replaced by those given; nothing is copied."""
-    replaced = {}
-    for field in fields(part):
-        value, name = getattr(part, field.name), prefix + field.name
-        if isinstance(value, Tensor):
-            replaced[field.name] = tensors[name]
-        elif isinstance(value, QuantizedConstants):
-            replaced[field.name] = with_tensors(value, tensors, f"{name}_")
-    return replace(part, **replaced)
+def linear_onto(x: Tensor, stored: list[Tensor], onto: Tensor, layout: str) -> Tensor:
+    """onto + x W_hat^T, for x (…, k) and a result (…, n) of something else, which a plain call overwrites."""
+    if not is_plain(x, stored[0], onto):
+        if in_transform():
+            return _seen(x, stored, None, layout) + onto
+        return torch.ops.nf4lab.linear_onto(x, stored, onto, layout)
+    if torch.is_grad_enabled() and (x.requires_grad or onto.requires_grad):
+        return FrozenOnto.apply(x, onto, stored, layout)
+    with no_autocast(x):
+        return prepared(stored, layout, x.dtype).product(x, stored, None, onto)
 
 
-def layout_of(q: QuantizedTensor) -> str:
-    """The name of q's layout, under which an op finds format, shape and block size again. The dtype is no part."""
-    skeleton = with_tensors(q, {name: tensor.to("meta") for name, tensor in tensors_of(q).items()})
-    skeleton = replace(skeleton, dtype=torch.float32)  # each op is told the dtype it is to compute in
-    for name, known in layouts.items():
-        if _same(known, skeleton):
-            return name
-    name = f"{len(layouts)} {skeleton!r}"
-    layouts[name] = skeleton
-    return name
+def _seen(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
+    """`linear` for those who have to see what is done; torch.func looks through a product, and not into an op."""
+    if in_transform():
+        return F.linear(x, torch.ops.nf4lab.dequantize_stored(stored, layout, x.dtype), bias)
+    return torch.ops.nf4lab.linear(x, stored, bias, layout)
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two layouts, or parts of them, say the same; tensors on the meta device have no values to compare."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        same_kind = (a.shape, a.dtype) == (b.shape, b.dtype)
-        return same_kind and (a.is_meta or repr(a.tolist()) == repr(b.tolist()))  # == would take -0.0 for 0.0
-    if is_dataclass(a):
-        return all(_same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
-    return a == b
+def in_transform() -> bool:
+    """Whether this runs inside torch.func's grad, vmap and so on."""
+    return not is_compiling() and transform() is not None
 
 
-def rebuilt(stored: list[Tensor], layout: str) -> QuantizedTensor:
-    skeleton = layouts[layout]
-    return with_tensors(skeleton, dict(zip(tensors_of(skeleton), stored, strict=True)))
+def is_plain(x: Tensor, packed: Tensor, other: Tensor | None) -> bool:
+    """Whether nobody has to see an op: these are plain tensors with memory of their own, and nothing records calls."""
+    return (
+        not is_compiling()  # first: torch.compile reads no further
+        and type(x) in PLAIN
+        and type(packed) in PLAIN
+        and (other is None or type(other) in PLAIN)
+        and (x.is_cuda or x.is_cpu)
+        and not dispatch_modes()
+        and not in_transform()
+        and tracing() is None
+        and forward_ad._current_level < 0
+        and not x.is_neg()
+    )
+
+
+class FrozenLinear(torch.autograd.Function):
+    """What autograd needs of `linear`. The weight's tensors are the layer's own and are watched, not saved."""
+
+    @staticmethod
+    def forward(ctx, x, bias, stored, layout):
+        ctx.stored, ctx.versions, ctx.layout = stored, versions_of(stored), layout
+        return _linear(x, stored, bias, layout)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = input_grad(ctx, grad) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum_to_size(grad.shape[-1:]) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, None
+
+
+class FrozenOnto(torch.autograd.Function):
+    """What autograd needs of `linear_onto`."""
+
+    @staticmethod
+    def forward(ctx, x, onto, stored, layout):
+        ctx.stored, ctx.versions, ctx.layout = stored, versions_of(stored), layout
+        ctx.mark_dirty(onto)
+        with no_autocast(x):
+            return prepared(stored, layout, x.dtype).product(x, stored, None, onto)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return input_grad(ctx, grad) if ctx.needs_input_grad[0] else None, grad, None, None
+
+
+def input_grad(ctx, grad: Tensor) -> Tensor:
+    """grad W_hat. Raises RuntimeError where the weight has been changed in place since the forward pass."""
+    if versions_of(ctx.stored) != ctx.versions:
+        raise RuntimeError("a 4-bit weight has been modified in place between the forward and the backward pass")
+    if torch.is_grad_enabled() or not is_plain(grad, ctx.stored[0], None):
+        return torch.ops.nf4lab.linear_input_grad(grad, ctx.stored, ctx.layout)
+    return _linear_input_grad(grad, ctx.stored, ctx.layout)
+
+
+def versions_of(stored: list[Tensor]) -> list[int]:
+    """How often each tensor has been changed in place. Inference tensors, which autograd does not watch, count none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in stored]
 
 
 # --- the ops
 
 
 def _linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
-    q = rebuilt(stored, layout)
-    y = cuda.gemv(x, q, bias)
-    if y is None:
-        with _no_autocast(x):
-            y = F.linear(x, q.dequantize(x.dtype), bias)
-    return y
+    with no_autocast(x):
+        return prepared(stored, layout, x.dtype).product(x, stored, bias, None)
+
+
+def _linear_onto(x: Tensor, stored: list[Tensor], onto: Tensor, layout: str) -> Tensor:
+    with no_autocast(x):
+        return prepared(stored, layout, x.dtype).product(x, stored, None, onto.clone())
 
 
 def _linear_input_grad(grad: Tensor, stored: list[Tensor], layout: str) -> Tensor:
-    with _no_autocast(grad):
-        return grad @ rebuilt(stored, layout).dequantize(grad.dtype)
+    with no_autocast(grad):
+        return prepared(stored, layout, grad.dtype).input_grad(grad, stored)
 
 
 def _dequantize(stored: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    return rebuilt(stored, layout).dequantize(dtype)
+    return prepared(stored, layout, dtype).weight(stored)
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The layer has chosen the dtype; autocast, whose state an op inherits, must not choose again."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else contextlib.nullcontext()
+    if autocast_dtype(x) in (None, x.dtype):
+        return _AS_IT_IS
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would compute in on x's device; None where it is off."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else x.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def _fake_linear(x, stored, bias, layout):
-    return x.new_empty(*x.shape[:-1], layouts[layout].shape[0])
+    return x.new_empty(*x.shape[:-1], shape_of(layout)[0])
 
 
 def _fake_linear_input_grad(grad, stored, layout):
-    return grad.new_empty(*grad.shape[:-1], layouts[layout].shape[1])
+    return grad.new_empty(*grad.shape[:-1], shape_of(layout)[1])
 
 
 def _fake_dequantize(stored, layout, dtype):
-    return stored[0].new_empty(layouts[layout].shape, dtype=dtype)
+    return stored[0].new_empty(shape_of(layout), dtype=dtype)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -136,6 +181,12 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum_to_size(grad.shape[-1:])
     return grad_x, [None] * len(stored), grad_bias, None
+
+
+def _linear_onto_backward(ctx, grad):
+    stored = list(ctx.saved_tensors)
+    grad_x = torch.ops.nf4lab.linear_input_grad(grad, stored, ctx.layout) if ctx.needs_input_grad[0] else None
+    return grad_x, [None] * len(stored), grad, None
 
 
 def _linear_input_grad_backward(ctx, grad):
@@ -160,6 +211,10 @@ def _define(schema, implementation, fake, backward=None):
 _define(
     "linear(Tensor x, Tensor[] stored, Tensor? bias, str layout) -> Tensor",
     _linear, _fake_linear, _linear_backward,
+)  # fmt: skip
+_define(
+    "linear_onto(Tensor x, Tensor[] stored, Tensor onto, str layout) -> Tensor",
+    _linear_onto, _fake_linear, _linear_onto_backward,
 )  # fmt: skip
 _define(
     "linear_input_grad(Tensor grad, Tensor[] stored, str layout) -> Tensor",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor
 from nf4lab.checkpoints.keys import from_parts, parts_of
-from nf4lab.layers.ops import layout_of, layouts, rebuilt, tensors_of
+from nf4lab.layers import ops  # noqa: F401 - registers torch.ops.nf4lab
+from nf4lab.layers.layout import layout_of, rebuilt, tensors_of
 
 
 class Stored4bit(nn.Module):
@@ -19,19 +20,20 @@ class Stored4bit(nn.Module):
 
     def __init__(self, weight: QuantizedTensor):
         super().__init__()
-        self.dtype = weight.dtype
+        self.dtype, self.format = weight.dtype, weight.format
         self.layout, self.stored_names = layout_of(weight), tuple(tensors_of(weight))
         for name, tensor in tensors_of(weight).items():
-            self.register_buffer(name, tensor, persistent=False)  # state_dict has them under bitsandbytes' keys
+            self.register_buffer(name, _own(tensor), persistent=False)  # state_dict has them under bitsandbytes' keys
 
     def stored(self) -> list[Tensor]:
         """The buffers that hold the weight, in the order that the ops take them."""
-        return [self._buffers[name] for name in self.stored_names]
+        buffers = self._buffers
+        return [buffers[name] for name in self.stored_names]
 
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as it is stored. It shares the layer's memory."""
-        return replace(rebuilt(self.stored(), self.layout), dtype=self.dtype)
+        return replace(rebuilt(self.stored(), self.layout, self.dtype), format=self.format)
 
     @property
     def weight(self) -> Tensor:
@@ -56,7 +58,9 @@ class Stored4bit(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The weight under the keys of bitsandbytes: `weight`, `weight.absmax` and so on."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(parts_of(prefix + "weight", self.quantized))
+        shared = {tensor.data_ptr() for tensor in self.stored()}  # with the layer, as in any state_dict
+        parts = parts_of(prefix + "weight", self.quantized)
+        destination.update({key: part if part.data_ptr() in shared else part.clone() for key, part in parts.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         name = prefix + "weight"
@@ -83,9 +87,7 @@ class Stored4bit(nn.Module):
         for name, tensor in tensors_of(found).items():
             self._buffers[name] = tensor if assign else self._buffers[name].copy_(tensor)
 
-    def __getstate__(self) -> dict:
-        """For copies in other processes: the layout itself, since its name holds only here."""
-        return self.__dict__ | {"layout": layouts[self.layout]}
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state | {"layout": layout_of(state["layout"])})
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is part of something larger, which would stay alive and which no file can hold."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
