@@ -15,7 +15,7 @@ from nf4lab import backends
 from nf4lab.backends import feedback
 from nf4lab.backends.reference import chunks
 from nf4lab.formats import Format, as_format
-from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant
+from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants, as_double_quant, decoded
 from nf4lab.formats.packing import unpack
 
 BLOCK_SIZES = tuple(2**k for k in range(4, 13))  # 16 to 4096
@@ -24,9 +24,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A tensor in 4 bits an element, with what it takes to get it back.
+    """A tensor in 2, 3, 4 or 8 bits an element, with what it takes to get it back.
 
-    packed: uint8 ((n + 1) // 2,), two codes a byte, the even element in the high nibble.
+    packed: uint8 (n_bytes,), codes as `nf4lab.formats.packing` has them; 4-bit ones two a byte, the even element high.
     stored_scale: float32 (n_blocks,), or QuantizedConstants after double quantization.
     stored_location: the same for formats that shift their blocks, else None.
     tensor_scale: float32 (), which every scale is a multiple of, for formats that have one, else None.
@@ -47,16 +47,16 @@ class QuantizedTensor:
     def __post_init__(self):
         _check_block_size(self.block_size)
         shape = tuple(self.shape)
-        if self.packed.dtype != torch.uint8 or self.packed.numel() != (self.numel + 1) // 2:
+        n_bytes = -(-self.numel * self.format.code_bits // 8)
+        if self.packed.dtype != torch.uint8 or self.packed.numel() != n_bytes:
             raise ValueError(
-                f"shape {shape} takes {(self.numel + 1) // 2} packed uint8; "
-                f"got {self.packed.numel()} {self.packed.dtype}"
+                f"shape {shape} takes {n_bytes} packed uint8; got {self.packed.numel()} {self.packed.dtype}"
             )
         for name, constants in (("absmax or scale", self.stored_scale), ("location", self.stored_location)):
-            if constants is not None and _count(constants) != self.n_blocks:
+            if constants is not None and constants.numel() != self.n_blocks:
                 raise ValueError(
                     f"shape {shape} in blocks of {self.block_size} has {self.n_blocks} blocks; "
-                    f"got {_count(constants)} values of {name}"
+                    f"got {constants.numel()} values of {name}"
                 )
         if (self.tensor_scale is not None) != self.format.tensor_scale:
             has, got = ("one scale a tensor", "none") if self.format.tensor_scale else ("no scale a tensor", "one")
@@ -75,18 +75,17 @@ class QuantizedTensor:
     @property
     def codes(self) -> Tensor:
         """The codes, one a byte: uint8 (n,)."""
-        return unpack(self.packed, self.numel)
+        return unpack(self.packed, self.numel, self.format.code_bits)
 
     @property
     def scale(self) -> Tensor:
         """One scale a block, decoded: float32 (n_blocks,)."""
-        scale = _decoded(self.stored_scale)
-        return scale if self.tensor_scale is None else scale * self.tensor_scale
+        return decoded(self.stored_scale, self.tensor_scale)
 
     @property
     def location(self) -> Tensor | None:
         """One location a block, decoded: float32 (n_blocks,); None for formats that do not shift."""
-        return None if self.stored_location is None else _decoded(self.stored_location)
+        return decoded(self.stored_location)
 
     @property
     def absmax(self) -> Tensor:
@@ -139,11 +138,11 @@ def quantize(
     hessian: Tensor | None = None,
     backend: str | None = None,
 ) -> QuantizedTensor:
-    """A tensor of any shape as a QuantizedTensor of 4-bit codes, on the device it is on.
+    """A tensor of any shape as a QuantizedTensor, on the device it is on.
 
     x: float32, float16, bfloat16 or float64; all are worked on in float32. Non-contiguous tensors are read in
     row-major order of their elements.
-    format: a name in nf4lab.FORMATS, or a nf4lab.Format of at most 16 levels.
+    format: a name in nf4lab.FORMATS, or a nf4lab.Format. Codes are stored in 2, 3, 4 or 8 bits, as its levels need.
     block_size: a power of two, 16 to 4096; by default the format's own, 64 for NF4.
     double_quant: True for bitsandbytes' 8-bit constants; "linear8", "linear4" or a nf4lab.DoubleQuant for others.
     The codes are made with the exact constants, before those are quantized. Constants of one byte are refused.
@@ -164,20 +163,24 @@ def quantize(
     hessian that is none of x's.
     Source: QLoRA (arXiv:2305.14314).
     """
-    format, scheme = as_format(format), as_double_quant(double_quant)
+    _check_tensor(x)
+    if block_size is not None:
+        _check_block_size(block_size)
+    format = as_format(format)
     block_size = format.block_size if block_size is None else block_size
-    _check_arguments(x, format, block_size, scheme)
+    scheme = None if double_quant is False else as_double_quant(double_quant)
+    if scheme and format.constants_dtype.itemsize == 1:
+        raise ValueError(f"format {format.name!r} has constants of one byte already; double_quant must be False")
     flat = x.detach().reshape(-1)
     n = flat.numel()
     quantize_flat = backends.QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
     if hessian is not None:
         quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian)
-    tensor_scale = format.scale_of_tensor(flat)
-    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size, tensor_scale)
+    quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))
-    packed, scale, location = quantized if n else [None if part is None else part[:0] for part in quantized]
-    _check_constants(scale, format)
+    *parts, tensor_scale = quantized
+    packed, scale, location = parts if n else [None if part is None else part[:0] for part in parts]
     if scheme:
         scale, location = scheme.quantize(scale), None if location is None else scheme.quantize(location)
     return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size, tensor_scale)
@@ -207,28 +210,16 @@ def dequantize(
     else:
         _check_out(out, q, dtype)
         target = out
-    backends.DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)](q, target)
+    dequantize_parts = backends.DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)]
+    dequantize_parts(q.packed, q.stored_scale, q.stored_location, q.tensor_scale, q.format, q.block_size, target)
     return target
 
 
-def _decoded(constants: Tensor | QuantizedConstants) -> Tensor:
-    return constants.dequantize() if isinstance(constants, QuantizedConstants) else constants
-
-
-def _count(constants: Tensor | QuantizedConstants) -> int:
-    return constants.n if isinstance(constants, QuantizedConstants) else constants.numel()
-
-
-def _check_arguments(x: Tensor, format: Format, block_size: int, scheme: DoubleQuant | None) -> None:
+def _check_tensor(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
-    _check_block_size(block_size)
-    if format.code_bits != 4:
-        raise ValueError(f"4-bit codes name at most 16 levels; format {format.name!r} has {format.levels.numel()}")
-    if scheme and format.constants_dtype.itemsize == 1:
-        raise ValueError(f"format {format.name!r} has constants of one byte already; double_quant must be False")
 
 
 def _check_block_size(block_size: int) -> None:
@@ -236,12 +227,6 @@ def _check_block_size(block_size: int) -> None:
         raise TypeError(f"block_size must be an int; got {block_size!r}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of 16, 32, 64, …, 4096; got {block_size}")
-
-
-def _check_constants(scale: Tensor, format: Format) -> None:
-    """A block of finite values can still have a range or a deviation too large for the constants' dtype."""
-    if not scale.isfinite().all():
-        raise ValueError(f"a block's scale exceeds {format.constants_dtype}, in which {format.name!r} stores it")
 
 
 def _check_out(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
@@ -271,7 +256,7 @@ def _describe_non_finite(x: Tensor) -> str:
     flat = x.detach().reshape(-1)
     nan = infinite = 0
     first = None
-    for start, stop, _ in chunks(flat.numel(), BLOCK_SIZES[-1]):
+    for start, stop in chunks(flat.numel()):
         values = flat[start:stop].float()
         nan += values.isnan().sum().item()
         infinite += values.isinf().sum().item()

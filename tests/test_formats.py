@@ -34,9 +34,18 @@ def test_constants_are_stored_in_floating_point():
         nf4lab.Format("mine", [0.0, 1.0], constants_dtype=torch.int8)
 
 
-def test_a_format_of_more_than_sixteen_levels_is_refused_by_quantize():
-    with pytest.raises(ValueError, match="at most 16 levels; format 'wide' has 17"):
-        nf4lab.quantize(torch.zeros(4), nf4lab.Format("wide", range(17)))
+@pytest.mark.parametrize(("n_levels", "bits"), [(2, 2), (4, 2), (5, 3), (8, 3), (9, 4), (16, 4), (17, 8), (256, 8)])
+def test_codes_are_stored_in_the_fewest_bits_that_name_all_levels(n_levels, bits):
+    format = nf4lab.Format("mine", torch.linspace(-1, 1, n_levels))
+    q = nf4lab.quantize(torch.randn(4096, generator=torch.Generator().manual_seed(1)), format, 64)
+    assert format.code_bits == bits
+    assert q.bits_per_weight == bits + 32 / 64
+
+
+def test_codes_can_be_stored_in_more_bits_and_not_in_fewer():
+    assert nf4lab.Format("mine", range(8), stored_bits=4).code_bits == 4
+    with pytest.raises(ValueError, match="name 4, 8, 16 or 256 levels; got stored_bits 3 for 9 levels"):
+        nf4lab.Format("mine", range(9), stored_bits=3)
 
 
 def test_a_tie_goes_to_the_lower_level():

@@ -5,7 +5,7 @@ reference   plain torch, on any device
 cpu, cuda   what the kernels take, made of tensors and formats
 
 A backend is two functions, with the signatures of `reference.quantize` and `reference.dequantize`, and an entry in the
-two tables here.
+two tables here. They take and give the parts of a QuantizedTensor and know no such thing.
 """
 
 from nf4lab.backends import cpu, cuda, reference

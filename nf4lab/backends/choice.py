@@ -6,6 +6,7 @@ numba.
 
 import torch
 
+from nf4lab.backends import cpu, cuda
 from nf4lab.formats.format import Format
 
 BACKENDS = ("torch", "cpu", "cuda")
@@ -31,9 +32,13 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
         raise ValueError(f"backend {backend!r} takes tensors on {backend}; got one on {device}")
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"backend {backend!r} takes float32, float16 and bfloat16; got {dtype}")
-    if backend == "cuda" and not _cuda_takes(format):
+    if backend == "cpu" and not cpu.takes(format):
+        raise ValueError(f"backend 'cpu' takes codes of up to 4 bits; those of {format.name!r} have {format.code_bits}")
+    if backend == "cuda" and format.code_bits != 4:
+        raise ValueError(f"backend 'cuda' takes codes of 4 bits; those of {format.name!r} have {format.code_bits}")
+    if backend == "cuda" and not cuda.takes(format):
         raise ValueError(f"backend 'cuda' takes formats scaled by a float32 absmax; got {format.name!r}")
-    if backend == "cuda" and (missing := _cuda_missing()):
+    if backend == "cuda" and (missing := cuda.missing()):
         raise RuntimeError(f"backend 'cuda' cannot run: {missing}")
     return backend
 
@@ -41,16 +46,6 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
 def _fastest(device: torch.device, dtype: torch.dtype, n: int, format: Format) -> str:
     if dtype not in KERNEL_DTYPES or torch.compiler.is_compiling():  # torch.compile sees into the reference only
         return "torch"
-    if device.type == "cpu" and n >= CPU_FROM:
+    if device.type == "cpu" and n >= CPU_FROM and cpu.takes(format):
         return "cpu"
-    return "cuda" if device.type == "cuda" and _cuda_takes(format) and not _cuda_missing() else "torch"
-
-
-def _cuda_takes(format: Format) -> bool:
-    return format.scale_is_absmax and format.constants_dtype == torch.float32 and not format.signed_zero
-
-
-def _cuda_missing() -> str | None:
-    from nf4lab.kernels import cuda
-
-    return cuda.available()
+    return "cuda" if device.type == "cuda" and cuda.takes(format) and not cuda.missing() else "torch"

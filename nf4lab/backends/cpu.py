@@ -8,33 +8,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4lab.formats.format import Format
-from nf4lab.formats.normalizations import min_max
+from nf4lab.formats.double_quant import QuantizedConstants, decoded
+from nf4lab.formats.format import Format, in_blocks, joined
+from nf4lab.formats.packing import repack
 
-CHUNK = 2**16  # elements whose constants are made at once; a multiple of every block size
+CHUNK = 2**13  # elements whose constants are made at once: torch shares out no operation on fewer than 2**15
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
 
 
-def quantize(
-    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """(packed, scale, location) of flat (n,), as the reference makes them; None if a value is not finite."""
+def takes(format: Format) -> bool:
+    """Whether the kernels serve a format: its codes have 4 bits, or fewer, which are packed anew."""
+    return format.code_bits <= 4
+
+
+def quantize(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, ...] | None:
+    """(packed, scale, location, tensor_scale) of flat (n,), as `reference.quantize` makes them."""
     from nf4lab.kernels import cpu
 
     flat = flat.resolve_neg()
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = empty((n + 1) // 2, torch.uint8, flat.device)
-    normalization = _normalization(format)
-    if normalization == cpu.GIVEN:
-        stored, stored_location, scale, location = _constants(flat, format, block_size, tensor_scale)
+    made_by_kernel, tensor_scale = _normalization(format), None
+    if made_by_kernel == cpu.GIVEN:
+        stored, stored_location, scale, location, tensor_scale = _constants(flat, format, block_size)
     else:
-        stored = scale = torch.empty(n_blocks)
-        stored_location = location = torch.empty(n_blocks) if normalization == cpu.MIN_MAX else None
+        stored = scale = torch.empty(n_blocks, dtype=torch.float32, device=flat.device)
+        stored_location = location = torch.empty_like(scale) if made_by_kernel == cpu.MIN_MAX else None
     finite = cpu.quantize(
-        _array(flat), _kind(flat.dtype), _quantize_table(format), normalization, block_size,
+        _array(flat), _kind(flat.dtype), _quantize_table(format), made_by_kernel, block_size,
         _array(scale), _array(location), _array(packed), _threads(),
     )  # fmt: skip
-    return (packed, stored, stored_location) if finite else None
+    if not finite:
+        return None
+    format.check_scale(stored)
+    if format.code_bits < 4:
+        packed = repack(packed, n, 4, format.code_bits, format.zero_code)
+    return packed, stored, stored_location, tensor_scale
+
+
+def dequantize(
+    packed: Tensor,
+    scale: Tensor | QuantizedConstants,
+    location: Tensor | QuantizedConstants | None,
+    tensor_scale: Tensor | None,
+    format: Format,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    """What the parts of a QuantizedTensor stand for, into the contiguous tensor out."""
+    from nf4lab.kernels import cpu
+
+    if format.code_bits < 4:
+        packed = repack(packed, out.numel(), format.code_bits, 4)
+    torch.autograd.graph.increment_version(out)  # autograd can't see that NumPy writes to it
+    cpu.dequantize(
+        _array(packed), _dequantize_table(format), _array(decoded(scale, tensor_scale)), _array(decoded(location)),
+        block_size, _kind(out.dtype), _array(out), _threads(),
+    )  # fmt: skip
 
 
 def _normalization(format: Format) -> int:
@@ -45,37 +75,41 @@ def _normalization(format: Format) -> int:
         return cpu.GIVEN
     if format.scale_is_absmax:
         return cpu.ABSMAX
-    return cpu.MIN_MAX if format.normalize is min_max and format.extreme == 1 and not format.search else cpu.GIVEN
+    whole_range = format.normalization.depends_on == "range" and format.normalization.has_location
+    return cpu.MIN_MAX if whole_range and format.extreme == 1 and not format.search else cpu.GIVEN
 
 
-def dequantize(q, out: Tensor) -> None:
-    """What the QuantizedTensor q stands for, into the contiguous tensor out."""
+def _constants(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor | None, ...]:
+    """The four of `Format.constants` that a kernel does not make, by the format's own functions, and tensor_scale.
+
+    Where a rule depends on a block's extreme alone, a kernel finds that, and the rule is given blocks of one element.
+    """
     from nf4lab.kernels import cpu
 
-    torch.autograd.graph.increment_version(out)  # autograd can't see that NumPy writes to it
-    cpu.dequantize(
-        _array(q.packed), _dequantize_table(q.format), _array(q.scale), _array(q.location),
-        q.block_size, _kind(out.dtype), _array(out), _threads(),
-    )  # fmt: skip
-
-
-def _constants(flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None) -> list[Tensor | None]:
-    """The four of `Format.constants` that a kernel does not make, by the format's own function, in chunks."""
-    whole = flat.numel() - flat.numel() % block_size
-    chunks = list(flat[:whole].reshape(-1, block_size).split(CHUNK // block_size)) if whole else []
-    if whole < flat.numel():
-        chunks.append(flat[whole:].reshape(1, -1))
+    values = flat
+    if format.normalization.depends_on == "magnitude":
+        values = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
+        cpu.extremes(_array(flat), _kind(flat.dtype), block_size, _array(values), _threads())
+    tensor_scale = format.scale_of_tensor(values)
+    of_extremes = values is not flat and not format.search
+    values, width = (values, 1) if of_extremes else (flat, block_size)
     search = functools.partial(_search, format=format, block_size=block_size)
-    parts = [format.constants(chunk.float(), tensor_scale, search) for chunk in chunks]
-    return [None if None in column else torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def run(first: int, last: int) -> list[tuple]:
+        chunks = values[first * CHUNK : last * CHUNK].split(CHUNK)
+        parts = [part for chunk in chunks for part in in_blocks(chunk, width)]
+        return [format.constants(part.float(), tensor_scale, search) for part in parts]
+
+    runs = cpu.in_threads(run, -(-values.numel() // CHUNK), _threads())
+    return *joined([part for run in runs for part in run]), tensor_scale
 
 
 def _search(blocks: Tensor, trials: Tensor, location: Tensor | None, *, format: Format, block_size: int) -> Tensor:
     """What `Format.least_squares` returns, by a kernel."""
     from nf4lab.kernels import cpu
 
-    best = torch.empty(len(blocks), dtype=torch.int64)
-    levels = torch.nn.functional.pad(format.levels[format.ascending], (0, 16 - format.levels.numel()))
+    best = torch.empty(len(blocks), dtype=torch.int64, device=blocks.device)
+    levels = torch.nn.functional.pad(format.levels[format.ascending], (0, 16 - len(format.levels)))
     cpu.search(
         _array(blocks), trials.numpy(), _array(location), _quantize_table(format)[0], levels.numpy(), block_size,
         best.numpy(), _threads(),

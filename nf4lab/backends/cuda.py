@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA GPUs: what they take made ready once for a format and a device."""
+"""The kernels for NVIDIA GPUs: what they take, made ready once for a format and a device."""
 
 import functools
 import math
@@ -10,29 +10,43 @@ from nf4lab.formats.double_quant import MAPS, QuantizedConstants
 from nf4lab.formats.format import Format
 
 
-def quantize(
-    flat: Tensor, format: Format, block_size: int, tensor_scale: None = None
-) -> tuple[Tensor, Tensor, None] | None:
-    """(packed, absmax, None) of flat (n,), as the reference makes them; None if a value is not finite."""
+def takes(format: Format) -> bool:
+    """Whether the kernels serve a format: 4-bit codes, scaled by a float32 absmax."""
+    scaled = format.scale_is_absmax and format.constants_dtype == torch.float32
+    return format.code_bits == 4 and scaled and not format.signed_zero
+
+
+def missing() -> str | None:
+    """None where the kernels can run, or in one sentence why not."""
+    from nf4lab.kernels import cuda
+
+    return cuda.available()
+
+
+def quantize(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, Tensor, None, None] | None:
+    """(packed, absmax, None, None) of flat (n,), as `reference.quantize` makes them."""
     from nf4lab.kernels import cuda
 
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    scale = torch.empty(n_blocks, device=flat.device)
-    codebook = _cuda_codebook(format, flat.device)
+    scale = torch.empty(n_blocks, dtype=torch.float32, device=flat.device)
+    codebook = _codebook(format, flat.device)
     try:
         cuda.quantize(flat.contiguous(), codebook, block_size=block_size, packed=packed, absmax=scale)
     except ValueError:  # its arguments are right: a value is not finite, which the caller describes
         return None
-    return packed, scale, None
+    return packed, scale, None, None
 
 
-def dequantize(q, out: Tensor) -> None:
-    """What the QuantizedTensor q stands for, into the contiguous tensor out, in one launch."""
+def dequantize(
+    packed: Tensor, scale: Tensor | QuantizedConstants, location: None, tensor_scale: None,
+    format: Format, block_size: int, out: Tensor,
+) -> None:  # fmt: skip
+    """What the parts of a QuantizedTensor stand for, into the contiguous tensor out, in one launch."""
     from nf4lab.kernels import cuda
 
-    levels = _cuda_levels(q.format, 16, out.device)
-    cuda.dequantize(q.packed, _cuda_absmax(q.stored_scale), levels, n=q.numel, block_size=q.block_size, out=out)
+    levels = levels_on(format, 16, out.device)
+    cuda.dequantize(packed, constants(scale), levels, n=out.numel(), block_size=block_size, out=out)
 
 
 def prepare(packed, stored_scale, format: Format, shape: tuple[int, int], block_size: int, dtype: torch.dtype):
@@ -42,20 +56,20 @@ def prepare(packed, stored_scale, format: Format, shape: tuple[int, int], block_
     if isinstance(stored_scale, QuantizedConstants) and not _decoded_on_the_way(stored_scale):
         return None, None
     n, k = shape
-    parts = packed, _cuda_absmax(stored_scale), _cuda_levels(format, 16, packed.device)
+    parts = packed, constants(stored_scale), levels_on(format, 16, packed.device)
     fill = cuda.prepare_dequantize(*parts, n=n * k, block_size=block_size, dtype=dtype)
     gemv = cuda.prepare_gemv(*parts, shape=shape, block_size=block_size, dtype=dtype) if n * k else None
     return gemv, fill
 
 
-def _cuda_absmax(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
+def constants(stored: Tensor | QuantizedConstants) -> Tensor | tuple:
     """Constants as the kernel takes them: decoded on the way where they are 8-bit, centred, in groups of 2**k."""
     if not isinstance(stored, QuantizedConstants):
         return stored
     if not _decoded_on_the_way(stored):
         return stored.dequantize()
     scheme = stored.double_quant
-    code_map = _cuda_levels(MAPS[scheme.map], 256, stored.codes.device)
+    code_map = levels_on(MAPS[scheme.map], 256, stored.codes.device)
     return stored.codes, stored.group_absmax, stored.offset.reshape(1), code_map, scheme.group_size
 
 
@@ -65,7 +79,7 @@ def _decoded_on_the_way(stored: QuantizedConstants) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_codebook(format: Format, device: torch.device):
+def _codebook(format: Format, device: torch.device):
     """The format's boundaries, those that a shorter codebook lacks at infinity, and the 16 codes in their order."""
     from nf4lab.kernels import cuda
 
@@ -75,7 +89,7 @@ def _cuda_codebook(format: Format, device: torch.device):
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_levels(format: Format, n: int, device: torch.device) -> Tensor:
+def levels_on(format: Format, n: int, device: torch.device) -> Tensor:
     """The levels on the device, filled up to n: copied there once, since each copy would wait for the GPU."""
     return _padded(format.levels, n, 0.0).to(device)
 

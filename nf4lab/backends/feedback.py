@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.formats.format import Format
-from nf4lab.formats.packing import pack
+from nf4lab.formats.packing import pack_checked
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it, as in GPTQ
 
@@ -60,8 +60,8 @@ def feedback_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def quantize(
-    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None, *, shape: torch.Size, hessian: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    flat: Tensor, format: Format, block_size: int, *, shape: torch.Size, hessian: Tensor
+) -> tuple[Tensor, ...] | None:
     """What `reference.quantize` gives for flat (out * in,), with error feedback within each row of w (out, in) = shape.
 
     Damping is that of GPTQ. Raises ValueError as `check_hessian`, and where block_size does not divide the columns: a
@@ -74,7 +74,7 @@ def quantize(
     rows, columns = shape
     if columns % block_size:
         raise ValueError(f"with a hessian, block_size must divide the {columns} columns; got {block_size}")
-    factor = feedback_factor(hessian.to(left.device))
+    factor, tensor_scale = feedback_factor(hessian.to(left.device)), format.scale_of_tensor(flat)
     codes, constants = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
     for start in range(0, columns, block_size):
         here, rest = slice(start, start + block_size), slice(start + block_size, columns)
@@ -84,7 +84,7 @@ def quantize(
     scale, location = (
         None if parts[0] is None else torch.stack(parts, dim=1).reshape(-1) for parts in zip(*constants, strict=True)
     )
-    return pack(codes.reshape(-1)), scale, location
+    return pack_checked(codes.reshape(-1), format.zero_code, format.code_bits), scale, location, tensor_scale
 
 
 def _encode_block(

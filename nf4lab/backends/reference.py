@@ -1,51 +1,56 @@
 """The reference, in plain torch, on any device: in chunks, so that a large tensor needs no large helpers."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from nf4lab.formats.double_quant import QuantizedConstants, decoded
 from nf4lab.formats.format import Format
-from nf4lab.formats.packing import pack, unpack
+from nf4lab.formats.packing import pack_checked, packed_bytes, unpack
 
 CHUNK = 2**20  # elements handled at once, at most; a multiple of every block size
 
 
-def quantize(
-    flat: Tensor, format: Format, block_size: int, tensor_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """(packed, scale, location) of flat (n,), chunk by chunk; None if a value is not finite in float32."""
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    constants = []
-    for start, stop, width in chunks(flat.numel(), block_size):
+def quantize(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, ...] | None:
+    """(packed, scale, location, tensor_scale) of flat (n,), as a QuantizedTensor stores them.
+
+    None where a value is not finite in float32.
+    """
+    tensor_scale = format.scale_of_tensor(flat) if format.tensor_scale else None
+    packed, constants, at = flat.new_empty(-(-flat.numel() * format.code_bits // 8), dtype=torch.uint8), [], 0
+    for start, stop in chunks(flat.numel()):
         values = flat[start:stop].float()
         if not values.isfinite().all():
             return None
-        codes, *scale_and_location = format.encode(values.reshape(-1, width), tensor_scale)
-        packed[start // 2 : (stop + 1) // 2] = pack(codes.reshape(-1), pad=format.zero_code)
-        constants.append(scale_and_location)
-    scale, location = (None if None in parts else torch.cat(parts) for parts in zip(*constants, strict=True))
-    return packed, scale, location
+        codes, scale, location = format.encode_flat(values, block_size, tensor_scale)
+        piece = pack_checked(codes, format.zero_code, format.code_bits)
+        packed[at : at + len(piece)], at = piece, at + len(piece)
+        constants.append((scale, location))
+    scales, locations = zip(*constants, strict=True)
+    return packed, torch.cat(scales), None if location is None else torch.cat(locations), tensor_scale
 
 
-def dequantize(q, out: Tensor) -> None:
-    """What the QuantizedTensor q stands for, into the contiguous tensor out, chunk by chunk."""
-    scale, location, flat = q.scale, q.location, out.reshape(-1)
-    for start, stop, width in chunks(q.numel, q.block_size):
-        codes = unpack(q.packed[start // 2 : (stop + 1) // 2], stop - start).reshape(-1, width)
-        blocks = slice(start // q.block_size, -(-stop // q.block_size))
-        values = q.format.decode(codes, scale[blocks], None if location is None else location[blocks])
-        flat[start:stop] = values.reshape(-1)
+def dequantize(
+    packed: Tensor,
+    scale: Tensor | QuantizedConstants,
+    location: Tensor | QuantizedConstants | None,
+    tensor_scale: Tensor | None,
+    format: Format,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    """What the parts of a QuantizedTensor stand for, into the contiguous tensor out."""
+    scale, location, flat, bits = decoded(scale, tensor_scale), decoded(location), out.reshape(-1), format.code_bits
+    for start, stop in chunks(flat.numel()):
+        codes = unpack(packed[start * bits // 8 : packed_bytes(stop, bits)], stop - start, bits)
+        blocks = slice(start // block_size, -(-stop // block_size))
+        shift = None if location is None else location[blocks]
+        flat[start:stop] = format.decode_flat(codes, block_size, scale[blocks], shift)
 
 
-def chunks(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, block width) over n elements: runs of whole blocks, then the short last block alone.
+def chunks(n: int) -> list[tuple[int, int]]:
+    """(start, stop) over n elements: runs of whole blocks of any size, but for the last block, which may be short.
 
     A run is a sixteenth of the whole, within limits: its float32 helpers, five or so, stay smaller than the tensor.
     """
-    whole = n - n % block_size
     run = min(max(n // 16 // 4096 * 4096, 2**16), CHUNK)
-    for start in range(0, whole, run):
-        yield start, min(start + run, whole), block_size
-    if whole < n:
-        yield whole, n, n - whole
+    return [(start, min(start + run, n)) for start in range(0, n, run)]

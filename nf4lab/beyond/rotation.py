@@ -15,7 +15,6 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from nf4lab.kernels import hadamard as kernels
 from nf4lab.layers.linear import Linear4bit
 
 LARGEST_FACTOR = 1024  # of a width, beside its power of two; its matrix is multiplied as one
@@ -51,6 +50,8 @@ class _Hadamard(torch.autograd.Function):
 
 
 def _transformed(x: Tensor, inverse: bool) -> Tensor:
+    from nf4lab.kernels import hadamard as kernels  # it loads numba, which importing nf4lab does not
+
     n = x.shape[-1]
     m = factor(n)
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -3,7 +3,7 @@
 NF4 and FP4 with plain constants or QLoRA's double quantization are stored as bitsandbytes stores them, so that it
 reads them and they read what it wrote:
 
-    name                                   packed uint8 ((n + 1) // 2, 1)
+    name                                   packed uint8 (n_bytes, 1)
     name.absmax                            float32 (n_blocks,), or uint8 codes after double quantization
     name.quant_map                         float32 (16,): the levels
     name.nested_absmax, .nested_quant_map  float32 (n_groups,) and (256,), after double quantization
@@ -23,8 +23,9 @@ from torch import Tensor
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor
 from nf4lab.blockwise import DTYPES as ORIGINAL_DTYPES
 from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
-from nf4lab.formats import FORMATS, Format, absmax, mean_std, min_max, power_of_two, signed_absmax
+from nf4lab.formats import FORMATS, NORMALIZATIONS, Format
 from nf4lab.formats.double_quant import MAPS, DoubleQuant, QuantizedConstants
+from nf4lab.formats.packing import packed_bytes
 
 BITSANDBYTES_STATES = {f".quant_state.bitsandbytes__{name}": name for name in ("nf4", "fp4")}
 NF4LAB_STATE = ".quant_state.nf4lab"
@@ -33,13 +34,12 @@ BITSANDBYTES_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_
 CONSTANTS_PARTS = ("", ".group_absmax", ".offset")  # of each of KINDS
 KINDS = (".scale", ".location")
 NF4LAB_PARTS = (".levels", ".tensor_scale", *(kind + part for kind in KINDS for part in CONSTANTS_PARTS))
-NORMALIZATIONS = {rule.__name__: rule for rule in (absmax, signed_absmax, power_of_two, min_max, mean_std)}
-# What else makes a format: plain values, with their defaults.
+# What else makes a format: plain values, with what a file that lacks them means.
 FORMAT_FIELDS = {
     field.name: field.default
     for field in dataclasses.fields(Format)
     if field.name not in ("name", "levels", "normalize", "constants_dtype")
-}
+} | {"stored_bits": 4}
 DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in ORIGINAL_DTYPES}
 
 
@@ -61,7 +61,7 @@ def parts_of(name: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
 
 def _is_bitsandbytes(q: QuantizedTensor) -> bool:
     """Whether bitsandbytes has words for this tensor."""
-    known = any(q.format is FORMATS[name] for name in BITSANDBYTES_STATES.values())
+    known = any(q.format == FORMATS[name] for name in BITSANDBYTES_STATES.values())
     return known and (isinstance(q.stored_scale, Tensor) or q.stored_scale.double_quant == DoubleQuant())
 
 
@@ -82,9 +82,11 @@ def _nf4lab_parts(q: QuantizedTensor) -> tuple[str, dict, dict[str, Tensor]]:
     """(the state's key, the state, the other parts by key) of a tensor that bitsandbytes has no words for."""
     state = {"format": q.format.name, "block_size": q.block_size, **_original(q)}
     state["constants_dtype"] = str(q.format.constants_dtype).removeprefix("torch.")
-    if FORMATS.get(q.format.name) is not q.format:
+    if FORMATS.get(q.format.name) != q.format:
         state["normalize"] = _normalization_name(q.format)
-        state["fields"] = {name: getattr(q.format, name) for name in FORMAT_FIELDS}
+        state["fields"] = {name: getattr(q.format, name) for name in FORMAT_FIELDS if name != "stored_bits"}
+        if q.format.code_bits != FORMAT_FIELDS["stored_bits"]:
+            state["fields"]["stored_bits"] = q.format.code_bits
     parts = {".levels": q.format.levels}
     if q.tensor_scale is not None:
         parts[".tensor_scale"] = q.tensor_scale
@@ -101,9 +103,8 @@ def _nf4lab_parts(q: QuantizedTensor) -> tuple[str, dict, dict[str, Tensor]]:
 
 
 def _normalization_name(format: Format) -> str:
-    for name, function in NORMALIZATIONS.items():
-        if format.normalize is function:
-            return name
+    if format.normalization in NORMALIZATIONS.values():
+        return format.normalization.name
     raise ValueError(
         f"format {format.name!r} normalises by a function of its own, which no file can hold; "
         f"known are {', '.join(NORMALIZATIONS)}"
@@ -200,7 +201,7 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
             raise ValueError(f"centred must be true or false; got {state['double_quant']['centred']!r:.80}")
         scheme = DoubleQuant(**state["double_quant"])
     n_blocks = -(-math.prod(shape) // block_size)
-    kinds = KINDS if format.normalize(torch.zeros(1, 16))[1] is not None else KINDS[:1]
+    kinds = KINDS if format.normalization.has_location else KINDS[:1]
     per_kind = CONSTANTS_PARTS[: 2 + (scheme.centred and n_blocks > 0)] if scheme else ("",)
     wanted = {kind + part for kind in kinds for part in per_kind}
     _check_keys(parts, wanted | ({".tensor_scale"} if format.tensor_scale else set()))
@@ -232,9 +233,10 @@ def _checked_format(state: dict, levels: Tensor | None) -> Format:
         return FORMATS[name]
     if state["normalize"] not in NORMALIZATIONS:
         raise ValueError(f"unknown normalisation {state['normalize']!r}; known are {', '.join(NORMALIZATIONS)}")
-    if levels.dtype != torch.float32 or levels.dim() != 1 or levels.numel() > 16:
-        raise ValueError(f"levels must be at most 16 float32; got {tuple(levels.shape)} of {levels.dtype}")
-    return Format(name, levels, NORMALIZATIONS[state["normalize"]], dtype, **_checked_fields(state["fields"]))
+    if levels.dtype != torch.float32 or levels.dim() != 1:
+        raise ValueError(f"levels must be float32 in one dimension; got {tuple(levels.shape)} of {levels.dtype}")
+    rule, values = NORMALIZATIONS[state["normalize"]].rule, _checked_fields(state["fields"])
+    return Format(name, levels, rule, dtype, **{"stored_bits": FORMAT_FIELDS["stored_bits"]} | values)
 
 
 def _checked_fields(values: object) -> dict:
@@ -266,8 +268,8 @@ def _constants(
     codes: Tensor, group_absmax: Tensor, offset: Tensor | None, n: int, scheme: DoubleQuant
 ) -> QuantizedConstants:
     """Double-quantized constants whose parts fit each other."""
-    n_codes = (n + 1) // 2 if MAPS[scheme.map].code_bits == 4 else n
-    codes = _checked_constants(codes, torch.uint8, n_codes, "codes of the constants")
+    n_bytes = packed_bytes(n, MAPS[scheme.map].code_bits)
+    codes = _checked_constants(codes, torch.uint8, n_bytes, "codes of the constants")
     n_groups = -(-n // scheme.group_size)
     group_absmax = _checked_constants(group_absmax, torch.float32, n_groups, "absmax of the groups of constants")
     return QuantizedConstants(codes, group_absmax, offset, n, scheme)

@@ -8,10 +8,18 @@ packing          codes in bytes
 """
 
 from nf4lab.formats.format import SEARCH, Format
-from nf4lab.formats.normalizations import Normalization, absmax, mean_std, min_max, power_of_two, signed_absmax
+from nf4lab.formats.normalizations import (
+    NORMALIZATIONS,
+    Normalization,
+    absmax,
+    mean_std,
+    min_max,
+    power_of_two,
+    signed_absmax,
+)
 from nf4lab.formats.table import FORMATS, as_format
 
 __all__ = [
-    "FORMATS", "SEARCH", "Format", "Normalization", "absmax", "as_format", "mean_std", "min_max", "power_of_two",
-    "signed_absmax",
+    "FORMATS", "NORMALIZATIONS", "SEARCH", "Format", "Normalization", "absmax", "as_format", "mean_std", "min_max",
+    "power_of_two", "signed_absmax",
 ]  # fmt: skip

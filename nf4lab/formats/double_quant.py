@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nf4lab import codebooks
 from nf4lab.formats.format import Format
-from nf4lab.formats.packing import pack, unpack
+from nf4lab.formats.packing import pack_checked, unpack
 
 MAPS = {
     row.name: row
@@ -51,8 +51,7 @@ class DoubleQuant:
         centred = constants if offset is None else constants - offset
         groups = F.pad(centred, (0, -n % self.group_size)).reshape(-1, self.group_size)
         codes, group_absmax, _ = MAPS[self.map].encode(groups)
-        codes = codes.reshape(-1)[:n]
-        stored = pack(codes) if MAPS[self.map].code_bits == 4 else codes
+        stored = pack_checked(codes.reshape(-1)[:n], 0, MAPS[self.map].code_bits)
         return QuantizedConstants(stored, group_absmax, offset, n, self)
 
 
@@ -73,8 +72,9 @@ def as_double_quant(double_quant: "bool | str | DoubleQuant") -> DoubleQuant | N
 class QuantizedConstants:
     """Quantized constants: what is stored of them, and how to get them back.
 
-    codes: uint8 (n,), or packed two to a byte for a 4-bit map. group_absmax: float32 (n_groups,).
-    offset: float32 scalar, or None where the constants were not centred. n: how many constants.
+    codes: uint8, n of them packed: a byte each for an 8-bit map, two to a byte for a 4-bit one.
+    group_absmax: float32 (n_groups,). offset: float32 scalar, or None where the constants were not centred.
+    n: how many constants.
     """
 
     codes: Tensor
@@ -86,10 +86,14 @@ class QuantizedConstants:
     def dequantize(self) -> Tensor:
         """The constants, float32 (n,): map[code] * group_absmax, then + offset, each rounded to float32."""
         scheme, map = self.double_quant, MAPS[self.double_quant.map]
-        codes = unpack(self.codes, self.n) if map.code_bits == 4 else self.codes
+        codes = unpack(self.codes, self.n, map.code_bits)
         groups = F.pad(codes, (0, -self.n % scheme.group_size)).reshape(-1, scheme.group_size)
         constants = map.decode(groups, self.group_absmax, None).reshape(-1)[: self.n]
         return constants if self.offset is None else constants + self.offset
+
+    def numel(self) -> int:
+        """How many constants they are, asked as of a tensor."""
+        return self.n
 
     @property
     def nbytes(self) -> int:
@@ -102,3 +106,9 @@ class QuantizedConstants:
         return QuantizedConstants(
             self.codes.to(device), self.group_absmax.to(device), offset, self.n, self.double_quant
         )
+
+
+def decoded(constants: Tensor | QuantizedConstants | None, tensor_scale: Tensor | None = None) -> Tensor | None:
+    """Constants as they decode, float32 (n,), from what is stored of them; None for none."""
+    values = constants.dequantize() if isinstance(constants, QuantizedConstants) else constants
+    return values if tensor_scale is None else values * tensor_scale

@@ -4,13 +4,15 @@ Every format here decodes by one formula, x_hat = location + scale * levels[code
 the normalisation has one, a location. NF4 is a row of `nf4lab.FORMATS`.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nf4lab.formats.normalizations import Normalization, absmax, mean_std, min_max, signed_absmax
+from nf4lab.formats.normalizations import Normalization, Rule, absmax, normalization_of
+from nf4lab.formats.packing import WIDTHS
 
 LEAST = 2.0**-149  # the smallest positive float32
 TIES = ("down", "up", "even")
@@ -20,12 +22,33 @@ E4M3_OVERFLOW = 464.0
 SEARCH = (1.0, *(k / 32 for k in range(19, 52) if k != 32))
 
 
+class _Levels:
+    """A format's levels, copied when they are given and whenever they are asked for: nobody outside can change them."""
+
+    def __get__(self, format, owner=None) -> Tensor:
+        if format is None:
+            raise AttributeError("levels")  # so that a Format without levels is refused
+        return format._levels.clone()
+
+    def __set__(self, format, levels) -> None:
+        given = levels.detach() if isinstance(levels, Tensor) else levels
+        format.__dict__["_levels"] = torch.asarray(given, dtype=torch.float32, device="cpu", copy=True)
+
+
+class Tables(NamedTuple):
+    """What a format looks up, on one device: levels by code, boundaries, and the codes in ascending order."""
+
+    levels: Tensor
+    boundaries: Tensor
+    ascending: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Format:
-    """Up to 256 levels and the rule that brings a block to them.
+    """Up to 256 levels and the rule that brings a block to them. Formats are equal if all their parts are.
 
     name: what errors and tables call it.
-    levels: float32 (n_levels,) by code, in any order; a sequence is converted. 16 or fewer make a 4-bit format.
+    levels: float32 (n_levels,) by code, in any order; a sequence is converted, and always copied.
     normalize: `absmax`, `signed_absmax`, `power_of_two`, `min_max`, `mean_std`, or a function of one's own from blocks
     to (scale, location).
     constants_dtype: the floating-point type that scale and location are rounded to before they are used: to nearest,
@@ -39,13 +62,15 @@ class Format:
     ties: where a value half-way between two levels goes: "down", "up", or to the "even" one of two codes.
     exact_codes: whether codes are made with constants as they were before rounding, as llama.cpp does.
     search: factors of the normalised scale; each block takes the one of least squared error. See `searched`.
+    stored_bits: bits that a code is stored in, 2, 3, 4 or 8; by default the fewest that name all levels. What it came
+    to is `code_bits`.
 
     Raises ValueError where the levels are not one-dimensional, finite and 2 to 256 in number, or the parts disagree.
     """
 
     name: str
-    levels: Tensor
-    normalize: Normalization = absmax
+    levels: Tensor = _Levels()
+    normalize: Rule = absmax
     constants_dtype: torch.dtype = torch.float32
     extreme: float = 1.0
     tensor_scale: bool = False
@@ -53,22 +78,46 @@ class Format:
     ties: str = "down"
     exact_codes: bool = False
     search: tuple[float, ...] = ()
+    stored_bits: int | None = None
 
     def __post_init__(self):
-        levels = torch.as_tensor(self.levels, dtype=torch.float32)
+        levels = self._levels
         if levels.dim() != 1 or not 2 <= levels.numel() <= 256 or not levels.isfinite().all():
-            raise ValueError(f"levels must be 2 to 256 finite numbers in one dimension; got {self.levels}")
+            raise ValueError(f"levels must be 2 to 256 finite numbers in one dimension; got {levels}")
+        enough = [bits for bits in WIDTHS if 2**bits >= len(levels)]
+        if self.stored_bits not in (None, *enough):
+            raise ValueError(f"codes of 2, 3, 4 or 8 bits name 4, 8, 16 or 256 levels; got stored_bits "
+                             f"{self.stored_bits!r} for {len(levels)} levels")  # fmt: skip
         if not self.constants_dtype.is_floating_point:
             raise ValueError(f"constants are stored in a floating-point dtype; got {self.constants_dtype}")
-        if self.constants_dtype == torch.float8_e8m0fnu and self.normalize in (signed_absmax, min_max, mean_std):
-            raise ValueError(f"torch.float8_e8m0fnu has no negative numbers, which {self.normalize.__name__} stores")
+        if self.constants_dtype == torch.float8_e8m0fnu and self.normalization.has_sign:
+            raise ValueError(f"torch.float8_e8m0fnu has no negative numbers, which {self.normalization.name} stores")
         if self.ties not in TIES:
             raise ValueError(f"ties go 'down', 'up' or to 'even'; got {self.ties!r}")
         if not self.extreme:
             raise ValueError(f"extreme must not be zero: the scale is divided by it; got {self.extreme}")
         if self.exact_codes and self.search:
             raise ValueError("a searched scale is judged as it is stored; exact_codes must be False with it")
-        object.__setattr__(self, "levels", levels)
+        if self.stored_bits == enough[0]:
+            object.__setattr__(self, "stored_bits", None)  # the same format as without saying it
+        object.__setattr__(self, "code_bits", self.stored_bits or enough[0])
+
+    @cached_property
+    def _value(self) -> tuple:
+        """What makes two formats equal: levels by their bits, since -0.0 is not 0.0 here."""
+        rest = (getattr(self, field.name) for field in fields(self) if field.name != "levels")
+        return (self._levels.numpy().tobytes(), *rest)
+
+    def __eq__(self, other: object) -> bool:
+        return self._value == other._value if isinstance(other, Format) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __getstate__(self) -> dict:
+        """The parts and nothing that is derived from them, for copies and other processes."""
+        derived = ("_value", "normalization", "_on_cpu", "signed_zero", "zero_code")
+        return {name: part for name, part in self.__dict__.items() if name not in derived}
 
     def searched(self, factors: tuple[float, ...] = SEARCH) -> "Format":
         """This format with a searched scale: of `factors` times the normalised scale, the one of least squared error.
@@ -77,53 +126,62 @@ class Format:
         """
         return replace(self, name=f"{self.name} searched", search=tuple(factors), exact_codes=False)
 
-    @property
-    def code_bits(self) -> int:
-        """Bits a code takes where it is stored: 4, or 8 for more than 16 levels."""
-        return 4 if self.levels.numel() <= 16 else 8
+    @cached_property
+    def normalization(self) -> Normalization:
+        """What is known of `normalize`."""
+        return normalization_of(self.normalize)
 
     @property
     def scale_is_absmax(self) -> bool:
         """Whether a block's scale is its largest magnitude, to the bit, up to the rounding of constants_dtype."""
         return self.normalize is absmax and self.extreme == 1 and not self.tensor_scale and not self.search
 
-    @cached_property
-    def ascending(self) -> Tensor:
-        """The codes in ascending order of their levels: int64 (n_levels,); equal levels keep the order of codes.
-
-        -0.0 stands before 0.0.
-        """
-        negative_first = self.levels.signbit().logical_not().int().argsort(stable=True)
-        return negative_first[self.levels[negative_first].argsort(stable=True)]
-
-    @cached_property
+    @property
     def boundaries(self) -> Tensor:
         """What a value must exceed to be given the next level: float32 (n_levels - 1,), ascending.
 
         The midpoints of neighbouring levels; where a tie goes up, the next float32 below the midpoint.
         """
-        levels = self.levels[self.ascending]
+        return self._on_cpu.boundaries.clone()
+
+    @property
+    def ascending(self) -> Tensor:
+        """The codes in ascending order of their levels: int64 (n_levels,); equal levels keep the order of codes.
+
+        -0.0 stands before 0.0.
+        """
+        return self._on_cpu.ascending.clone()
+
+    @cached_property
+    def _on_cpu(self) -> Tables:
+        negative_first = self._levels.signbit().logical_not().int().argsort(stable=True)
+        ascending = negative_first[self._levels[negative_first].argsort(stable=True)]
+        levels = self._levels[ascending]
         midpoints = (levels[:-1] + levels[1:]) / 2
-        upper_is_even = self.ascending[1:] % 2 == 0
-        goes_up = {"down": upper_is_even & False, "up": upper_is_even | True, "even": upper_is_even}[self.ties]
-        return torch.where(goes_up, midpoints.nextafter(torch.tensor(-torch.inf)), midpoints)
+        goes_up = {"down": False, "up": True, "even": ascending[1:] % 2 == 0}[self.ties]
+        below = midpoints.nextafter(torch.full_like(midpoints, -torch.inf))
+        return Tables(self._levels, torch.where(torch.as_tensor(goes_up, device="cpu"), below, midpoints), ascending)
+
+    def tables(self, device: torch.device) -> Tables:
+        """Levels, boundaries and codes on a device, not to be changed: copied once, since a copy waits for the GPU."""
+        return self._on_cpu if device.type == "cpu" else _tables_on(self, device)
 
     @cached_property
     def signed_zero(self) -> bool:
         """Whether one of the levels is -0.0, so that the sign of a zero is kept."""
-        return bool(((self.levels == 0) & self.levels.signbit()).any())
+        return bool(((self._levels == 0) & self._levels.signbit()).any())
 
     @cached_property
     def zero_code(self) -> int:
-        """The code that a normalised 0.0 is rounded to; it fills the nibble that an odd length leaves over."""
-        return self.nearest(torch.zeros(1)).item()
+        """The code that a normalised 0.0 is rounded to; it fills what the last byte of packed codes has left over."""
+        return self.nearest(torch.zeros(1, dtype=torch.float32, device="cpu")).item()
 
     def nearest(self, normalized: Tensor) -> Tensor:
         """The code of the nearest level, element by element: float32 to uint8. Ties go where `ties` says."""
         if self.signed_zero:  # no comparison tells -0.0 from 0.0, so it takes the place of the number below zero
             normalized = torch.where((normalized == 0) & normalized.signbit(), -LEAST, normalized)
-        rank = torch.bucketize(normalized, self.boundaries.to(normalized.device), out_int32=True)
-        return self.ascending.to(normalized.device, torch.uint8)[rank]
+        tables = self.tables(normalized.device)
+        return tables.ascending.to(torch.uint8)[torch.bucketize(normalized, tables.boundaries, out_int32=True)]
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes and constants of blocks: float32 (n_blocks, block_size) to (codes, scale, location).
@@ -133,8 +191,30 @@ class Format:
         A block is multiplied by the float32 reciprocal of its scale, as bitsandbytes does. Where the scale is zero
         or so small that the reciprocal is infinite, it is divided instead, and 0/0 counts as 0.
         """
-        stored, location, scale, shift = self.constants(blocks, tensor_scale)
-        return self.codes_of(blocks, scale, shift), stored, location
+        codes, scale, location = self.encode_flat(blocks.reshape(-1), blocks.shape[1], tensor_scale)
+        return codes.reshape(blocks.shape), scale, location
+
+    def encode_flat(
+        self, values: Tensor, block_size: int, tensor_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`encode` for values (n,) of which the last block may be shorter: codes are uint8 (n,)."""
+        parts = in_blocks(values, block_size)
+        normalized = [self.normalize(part) for part in parts]
+        constants = [self._constants(*part, tensor_scale) for part in zip(parts, normalized, strict=True)]
+        codes = [self.codes_of(part, *of[2:]).reshape(-1) for part, of in zip(parts, constants, strict=True)]
+        stored, location, *_ = joined(constants)
+        self.check_scale(stored)
+        return (torch.cat(codes) if len(codes) > 1 else codes[0]), stored, location
+
+    def check_scale(self, stored: Tensor) -> None:
+        """Raise ValueError where a block of finite values has a range or a deviation too large for constants_dtype.
+
+        Not so an absmax in float32: to look at those would only wait for the GPU.
+        """
+        if self.scale_is_absmax and self.constants_dtype == torch.float32:
+            return
+        if not stored.isfinite().all():
+            raise ValueError(f"a block's scale exceeds {self.constants_dtype}, in which {self.name!r} stores it")
 
     def codes_of(self, blocks: Tensor, scale: Tensor, location: Tensor | None) -> Tensor:
         """Codes of blocks whose constants are given: float32 (n_blocks, width) to uint8 of the same shape."""
@@ -146,8 +226,16 @@ class Format:
 
         scale: float32 (n_blocks,), times the tensor's where the format has one.
         """
-        values = self.levels.to(codes.device)[codes.int()] * scale[:, None]
+        values = self.tables(codes.device).levels[codes.int()] * scale[:, None]
         return values if location is None else values + location[:, None]
+
+    def decode_flat(self, codes: Tensor, block_size: int, scale: Tensor, location: Tensor | None) -> Tensor:
+        """`decode` for codes (n,) of which the last block may be shorter: float32 (n,)."""
+        parts = in_blocks(codes, block_size)
+        counts = [len(part) for part in parts]
+        locations = [None] * len(parts) if location is None else location.split(counts)
+        values = [self.decode(*part).reshape(-1) for part in zip(parts, scale.split(counts), locations, strict=True)]
+        return torch.cat(values) if len(values) > 1 else values[0]
 
     def constants(
         self, blocks: Tensor, tensor_scale: Tensor | None = None, search=None
@@ -156,14 +244,18 @@ class Format:
 
         search: what does the work of `least_squares`, for a backend that has something faster.
         """
-        scale, location = self.normalize(blocks)
+        return self._constants(blocks, self.normalize(blocks), tensor_scale, search)
+
+    def _constants(self, blocks: Tensor, normalized: tuple, tensor_scale: Tensor | None, search=None) -> tuple:
+        scale, location = normalized
         scale = scale / self.extreme
         stored = self.as_stored(scale, tensor_scale)
         stored_location = None if location is None else self.as_stored(location)
         if self.exact_codes:
             return stored, stored_location, scale, location
         if self.search:
-            trials = self.as_stored(scale * torch.tensor(self.search, device=scale.device)[:, None], tensor_scale)
+            factors = torch.tensor(self.search, dtype=torch.float32, device=scale.device)
+            trials = self.as_stored(scale * factors[:, None], tensor_scale)
             best = (search or self.least_squares)(blocks, _times(trials, tensor_scale), stored_location)
             stored = trials.gather(0, best[None])[0]
         return stored, stored_location, _times(stored, tensor_scale), stored_location
@@ -195,12 +287,30 @@ class Format:
         best, least = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device), None
         for k, trial in enumerate(trials):
             normalized = _normalized(centred, trial)
-            error = normalized - self.levels.to(blocks.device)[self.nearest(normalized).int()]
+            error = normalized - self.tables(blocks.device).levels[self.nearest(normalized).int()]
             ratio = trial / trials[0]
             cost = _sum_in_lanes(error * error) * (ratio * ratio)
             least = cost if least is None else least
             best, least = torch.where(cost < least, k, best), torch.where(cost < least, cost, least)
         return best
+
+
+@lru_cache(maxsize=256)
+def _tables_on(format: Format, device: torch.device) -> Tables:
+    return Tables(*(table.to(device) for table in format.tables(torch.device("cpu"))))
+
+
+def in_blocks(values: Tensor, block_size: int) -> list[Tensor]:
+    """Values (n,) in blocks: (n_whole, block_size), then a short last one (1, rest); each only where there is one."""
+    whole = len(values) - len(values) % block_size
+    parts = [values[:whole].reshape(-1, block_size), values[whole:].reshape(1, -1)]
+    return [part for part in parts if part.numel()] or parts[:1]
+
+
+def joined(constants: list[tuple]) -> list[Tensor | None]:
+    """Four constants of each part of a tensor to four of the whole."""
+    columns = zip(*constants, strict=True)
+    return [column[0] if len(column) == 1 or None in column else torch.cat(column) for column in columns]
 
 
 def _times(stored: Tensor, tensor_scale: Tensor | None) -> Tensor:
@@ -209,11 +319,11 @@ def _times(stored: Tensor, tensor_scale: Tensor | None) -> Tensor:
 
 def _normalized(centred: Tensor, scale: Tensor) -> Tensor:
     """centred / scale, block by block: by the reciprocal, or by division where that is infinite; 0/0 is 0."""
-    reciprocal = 1 / scale
-    normalized = centred * reciprocal[:, None]
+    reciprocal = (1 / scale)[:, None]
+    normalized = centred * reciprocal
     tiny = reciprocal.isinf()
-    if tiny.any():
-        normalized[tiny] = (centred[tiny] / scale[tiny, None]).nan_to_num(nan=0.0)
+    if centred.is_cuda or tiny.any():  # to look would wait for the GPU
+        normalized = torch.where(tiny, (centred / scale[:, None]).nan_to_num(nan=0.0), normalized)
     return normalized
 
 

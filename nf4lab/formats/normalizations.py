@@ -1,12 +1,17 @@
-"""How a block is brought to its levels' range: each rule here makes a scale, and some a location, of a block."""
+"""How a block is brought to the range of its levels: rules that make a scale, and some a location, of a block.
+
+A rule is a function of blocks. What the rest of the package must know of one stands in its row of `NORMALIZATIONS`:
+a new rule is a function and a row here.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # blocks, float32 (n_blocks, block_size) -> scale (n_blocks,) and location (n_blocks,), or None where it is zero
-Normalization = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Rule = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def absmax(blocks: Tensor) -> tuple[Tensor, None]:
@@ -46,3 +51,52 @@ def mean_std(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Shift a block by its mean and scale it by its standard deviation (the one that divides by n): two constants."""
     std, mean = torch.std_mean(blocks.double(), dim=1, correction=0)
     return std.float(), mean.float()
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is known of a rule.
+
+    has_location: whether it shifts blocks, by a second constant.
+    has_sign: whether a constant of it can be negative.
+    depends_on: what alone of a block it depends on, so that the rule gives for this what it gives for the block:
+    "magnitude", the first element of largest magnitude; "range", the least and the greatest; "moments", mean and
+    deviation; or "all". It decides how kernels and quadrature go about it.
+    in_steps: whether its scale takes few values, so that errors jump where it changes.
+    """
+
+    rule: Rule
+    has_location: bool = False
+    has_sign: bool = False
+    depends_on: str = "all"
+    in_steps: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name, under which files store it."""
+        return getattr(self.rule, "__name__", repr(self.rule))
+
+
+NORMALIZATIONS = {
+    known.name: known
+    for known in (
+        Normalization(absmax, depends_on="magnitude"),
+        Normalization(signed_absmax, has_sign=True, depends_on="magnitude"),
+        Normalization(power_of_two, depends_on="magnitude", in_steps=True),
+        Normalization(min_max, has_location=True, has_sign=True, depends_on="range"),
+        Normalization(mean_std, has_location=True, has_sign=True, depends_on="moments"),
+    )
+}
+
+
+def normalization_of(rule: Rule) -> Normalization:
+    """What is known of a rule: its row, or for a rule of one's own what a block of 16 ones shows of it."""
+    known = NORMALIZATIONS.get(getattr(rule, "__name__", ""))
+    if known and known.rule is rule:
+        return known
+    return Normalization(rule, has_location=rule(torch.ones(1, 16, dtype=torch.float32, device="cpu"))[1] is not None)
+
+
+def is_known(rule: Rule) -> bool:
+    """Whether the rule has a row."""
+    return normalization_of(rule) in NORMALIZATIONS.values()

@@ -1,34 +1,91 @@
-"""Two 4-bit codes in a byte: the even element in the high nibble, the odd one in the low nibble."""
+"""Codes of 2, 3, 4 or 8 bits in bytes: one stream of bits, the first code in the highest bits of the first byte.
+
+4 bits  aaaabbbb                    the even element in the high nibble, as bitsandbytes has it
+3 bits  aaabbbcc cdddeeef ffggghhh  eight codes in three bytes, and no bit unused
+2 bits  aabbccdd
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDTHS = (2, 3, 4, 8)  # bits
 
-def pack(codes: Tensor, pad: int = 0) -> Tensor:
-    """Codes two to a byte: uint8 (n,) of 0..15 to uint8 ((n + 1) // 2,). An odd n is completed with `pad`.
+
+def packed_bytes(n: int, bits: int = 4) -> int:
+    """How many bytes n codes of that width take: the last may be used in part."""
+    return -(-n * bits // 8)
+
+
+def pack(codes: Tensor, pad: int = 0, bits: int = 4) -> Tensor:
+    """Codes in bytes: uint8 (n,) of 0..2**bits - 1 to uint8 (ceil(n * bits / 8),). The last is completed with `pad`.
 
     >>> pack(torch.tensor([1, 2, 15], dtype=torch.uint8), pad=7)
     tensor([ 18, 247], dtype=torch.uint8)
 
-    Raises TypeError unless the codes are uint8, ValueError where one is above 15.
+    Raises TypeError unless the codes are uint8, ValueError where one is too large, or no code is so wide.
     """
+    _check_width(bits)
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8; got {codes.dtype}")
-    if codes.numel() and codes.max() > 15:
-        raise ValueError(f"4-bit codes lie in 0..15; got {codes.max().item()}")
-    pairs = F.pad(codes.reshape(-1), (0, codes.numel() % 2), value=pad).reshape(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1]
+    if bits < 8 and codes.numel() and codes.max() >= 2**bits:
+        raise ValueError(f"{bits}-bit codes lie in 0..{2**bits - 1}; got {codes.max().item()}")
+    return pack_checked(codes.reshape(-1), pad, bits)
 
 
-def unpack(packed: Tensor, n: int) -> Tensor:
-    """The first n codes of packed bytes: uint8 ((n + 1) // 2,) to uint8 (n,); the inverse of `pack`.
+def pack_checked(codes: Tensor, pad: int, bits: int) -> Tensor:
+    """`pack` for codes (n,) that are known to be right: it does not look at them, which on a GPU would wait."""
+    count, nbytes = _group(bits)
+    groups = F.pad(codes, (0, -len(codes) % count), value=pad).reshape(-1, count)
+    if nbytes > 1:
+        groups = groups.int()
+    word = groups[:, 0] << bits * (count - 1)
+    for i in range(1, count):
+        word = word | groups[:, i] << bits * (count - 1 - i)
+    if nbytes > 1:
+        word = torch.stack([word >> 8 * i & 255 for i in reversed(range(nbytes))], dim=1).reshape(-1).to(torch.uint8)
+    return word[: packed_bytes(len(codes), bits)]
 
-    Raises TypeError unless the bytes are uint8, ValueError where their number does not fit n.
+
+def unpack(packed: Tensor, n: int, bits: int = 4) -> Tensor:
+    """The first n codes of packed bytes: uint8 (ceil(n * bits / 8),) to uint8 (n,); the inverse of `pack`.
+
+    Raises TypeError unless the bytes are uint8, ValueError where their number does not fit n, or no code is so wide.
     """
+    _check_width(bits)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed bytes must be uint8; got {packed.dtype}")
-    if packed.numel() != (n + 1) // 2:
-        raise ValueError(f"{n} codes take {(n + 1) // 2} bytes; got {packed.numel()}")
-    packed = packed.reshape(-1)
-    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
+    if packed.numel() != packed_bytes(n, bits):
+        raise ValueError(f"{n} codes take {packed_bytes(n, bits)} bytes; got {packed.numel()}")
+    count, nbytes = _group(bits)
+    word = packed.reshape(-1)
+    if nbytes > 1:
+        groups = F.pad(word, (0, -len(word) % nbytes)).reshape(-1, nbytes).int()
+        word = groups[:, 0] << 8 * (nbytes - 1)
+        for i in range(1, nbytes):
+            word = word | groups[:, i] << 8 * (nbytes - 1 - i)
+    codes = torch.stack([word >> bits * i & 2**bits - 1 for i in reversed(range(count))], dim=1)
+    return codes.reshape(-1)[:n].to(torch.uint8)
+
+
+def repack(packed: Tensor, n: int, bits: int, wanted: int, pad: int = 0) -> Tensor:
+    """The n codes of packed bytes in another width, piece by piece: uint8 (ceil(n * wanted / 8),)."""
+    out = packed.new_empty(packed_bytes(n, wanted))
+    for start in range(0, n, 2**20):
+        stop = min(start + 2**20, n)
+        codes = unpack(packed[start * bits // 8 : packed_bytes(stop, bits)], stop - start, bits)
+        out[start * wanted // 8 : packed_bytes(stop, wanted)] = pack_checked(codes, pad, wanted)
+    return out
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and how many bytes."""
+    shared = math.gcd(8, bits)
+    return 8 // shared, bits // shared
+
+
+def _check_width(bits: int) -> None:
+    if bits not in WIDTHS:
+        raise ValueError(f"codes have 2, 3, 4 or 8 bits; got {bits!r}")

@@ -22,6 +22,9 @@ class _Table(Mapping):
             self._made[name] = self._rows[name]()
         return self._made[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 

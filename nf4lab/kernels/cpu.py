@@ -289,6 +289,38 @@ def codebook_table(boundaries, ascending, signed_zero=False):
     return tuple(padded), recode, signed_zero
 
 
+# ---- what other constants are made from
+
+
+@jit
+def extremes_chunks(first, last, x, kind, block_size, extreme):
+    """Chunks first..last-1 of `extremes`. Always True."""
+    widened = np.empty(CHUNK, np.float32)
+    blocks = CHUNK // block_size
+    for c in range(first, last):
+        values = widen(x[c * CHUNK : (c + 1) * CHUNK], kind, widened)
+        found = extreme[c * blocks : (c + 1) * blocks]
+        absmax(values, block_size, found)
+        bits, found_bits = values.view(np.uint32), found.view(np.uint32)
+        for b in range(found.size):
+            i = b * block_size
+            while np.uint32(bits[i] & MAGNITUDE) != found_bits[b]:
+                i += 1
+            found_bits[b] = bits[i]
+    return True
+
+
+def extremes(x, kind, block_size, extreme, threads=1):
+    """The first value of largest magnitude in each block of x into extreme, float32 (n_blocks,), with its sign.
+
+    x, kind, block_size: as for `quantize`. Of a block with NaN the NaN of greatest bits, without its sign, is largest.
+    Raises ValueError where the lengths disagree or extreme is read-only.
+    """
+    check_lengths(x.size, block_size, extreme, extreme, np.empty((x.size + 1) // 2, np.uint8))
+    check_writeable(extreme)
+    in_threads(extremes_chunks, count(x), threads, read_only(x), kind, block_size, extreme)
+
+
 # ---- the search for a scale
 
 
