@@ -90,7 +90,7 @@ def entry(name: str, storage: str, budget: float) -> Entry:
         raise ValueError(f"no entry of format {name!r} with constants {storage!r} at {budget} bits")
     dtype, block_size, double_quant = STORAGE[storage][budget]
     row = FORMATS[name]
-    if row.normalize(torch.ones(1, 2))[1] is not None:
+    if row.normalization.has_location:
         block_size = min(2 * block_size, 4096)
     changes = {"constants_dtype": dtype, "tensor_scale": dtype == torch.float8_e4m3fn}
     if derive := {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}.get(name):

@@ -38,6 +38,8 @@ def _row(name: str, levels: Callable[[], Tensor], *rest, **named) -> tuple[str, 
 
 FORMATS = _Table([
     _row("nf4", codebooks.nf4),
+    _row("nf3", codebooks.nf3),
+    _row("nf2", codebooks.nf2),
     _row("fp4", codebooks.fp4),
     _row("int4", codebooks.symmetric_int),
     _row("uniform", codebooks.uniform, min_max),
