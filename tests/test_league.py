@@ -43,6 +43,11 @@ def test_entries_at_their_standards_budget_are_the_standards():
     assert torch.equal(qlora.dequantize(), nf4lab.quantize(x, double_quant=True).dequantize())
 
 
+def test_every_four_bit_format_plays():
+    playing = {one.name for one in league.entries()}
+    assert playing == {name for name, format in nf4lab.FORMATS.items() if format.code_bits == 4}
+
+
 def test_codebooks_made_for_a_block_size_are_those_of_the_entry():
     assert torch.equal(league.entry("bof4-s", league.SHORT, 4.5).format.levels, codebooks.bof4_s(16))
     assert torch.equal(league.entry("af4", league.FLOAT32, 4.25).format.levels, codebooks.af4(128))

@@ -58,6 +58,9 @@ FORMATS = _Table([
     _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, extreme=-127, block_size=32),
 ])  # fmt: skip
 
+# Codebooks that are made for the block size that they are used at; the rows have them for 64.
+FOR_BLOCK_SIZE = {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}
+
 
 def as_format(format: str | Format) -> Format:
     """The format of that name, or the format given.
