@@ -125,7 +125,7 @@ def checkpoint(tmp_path):
 
 def test_compare_prints_the_league_and_writes_what_is_asked_for(checkpoint, tmp_path, capsys):
     outputs = ["--csv", str(tmp_path / "out.csv"), "--plot", str(tmp_path / "out.png")]
-    assert main(["compare", str(checkpoint), "--bits", "4.25", "4.5", "--quiet", *outputs]) == 0
+    assert main(["compare", str(checkpoint), "--bits", "4.25", "--bits", "4.5", "--quiet", *outputs]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["format", "constants", "4.25", "bits", "4.5", "bits", "won"]
     rows = {tuple(line.split()[:2]): line.split() for line in lines[1:]}
