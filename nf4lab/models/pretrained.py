@@ -88,17 +88,17 @@ def sentence_encoder() -> "SentenceTransformer":
 
     Raises as `minilm_path`, and ModuleNotFoundError where sentence-transformers is not installed.
     """
-    with _quietly():
+    with quietly():
         from sentence_transformers import SentenceTransformer
 
     folder = minilm_path().parent
     source = str(folder) if (folder / "modules.json").exists() else MINILM  # the hub's file comes alone
-    with _quietly():
+    with quietly():
         return SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
 
 
 @contextmanager
-def _quietly():
+def quietly():
     """No remarks and no bars of the libraries underneath, up to warnings: a page shows what a reader asked for."""
     from transformers.utils import logging as transformers_logging
 
