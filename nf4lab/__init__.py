@@ -1,5 +1,12 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
+import sys
+
+__version__ = "0.1.0"
+if sys.argv[1:] == ["--version"] and sys.argv[0].endswith(("-m", "nf4lab", "nf4lab.exe")):
+    print(f"nf4lab {__version__}")  # here, since all that follows imports torch, which takes seconds
+    sys.exit()
+
 from nf4lab.beyond.calibration import calibrate
 from nf4lab.beyond.rotation import hadamard
 from nf4lab.blockwise import BLOCK_SIZES, QuantizedTensor, dequantize, quantize
@@ -14,7 +21,6 @@ from nf4lab.layers.lora import LoRALinear, add_lora_, merge_lora_
 from nf4lab.layers.swap import QuantizedLayer, QuantizedLayers, quantize_model_
 from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, output_error, shannon_limit, sqnr_db
 
-__version__ = "0.1.0"
 __all__ = [
     "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Experts4bit", "Format", "Linear4bit", "LoRALinear", "QuantizedConstants",
     "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "calibrate", "code_usage", "compression_ratio",

@@ -1,7 +1,15 @@
-"""The command line: `python -m nf4lab quantize IN OUT`, `… inspect FILE`, `… compare FILE`."""
+"""The command line: `nf4lab quantize IN OUT`, `nf4lab inspect FILE`, `nf4lab compare FILE`; or `python -m nf4lab …`.
+
+Exit status: 0 where the work is done; 1 for files, and what is in them, that can't be worked on, with one line on
+stderr; 2 for a command line that makes no sense; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Whatever the
+status but 0, nothing stands under the name of the output.
+"""
 
 import argparse
+import signal
 import sys
+import threading
+import warnings
 
 from nf4lab import __version__
 from nf4lab.commands import compare, inspect, quantize
@@ -9,19 +17,60 @@ from nf4lab.commands import compare, inspect, quantize
 COMMANDS = (quantize, inspect, compare)
 
 
+class Stopped(BaseException):
+    """Raised where a signal asks the process to end, so that what was begun is removed on the way out."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the arguments name. Returns the exit status: 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m nf4lab", description="4-bit formats on the command line.")
+    """Run the command that the arguments name. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="nf4lab", description="4-bit formats on the command line.",
+        epilog="Exit status: 0 done; 1 a file that can't be worked on; 2 wrong usage; 128 + n stopped by signal n.",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"nf4lab {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(subparsers)
     options = parser.parse_args(arguments)
+    before = _listen()
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return options.run(options)
     except (ValueError, OSError) as error:
-        print(f"nf4lab: {error}", file=sys.stderr)
-        return 1
+        return _say(error, 1)
+    except MemoryError:
+        return _say("out of memory", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was left behind", 128 + signal.SIGINT)
+    except Stopped as stopped:
+        (number,) = stopped.args
+        return _say(f"stopped by {signal.Signals(number).name}; nothing was left behind", 128 + number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen() -> dict:
+    """Have the signals that ask for an end raise Stopped; returns the handlers before. Only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    return {number: signal.signal(number, stop) for number in heard}
+
+
+def _show_warning(message, category, filename, line, file=None, text=None) -> None:
+    _say(f"warning: {message}", 0)
+
+
+def _say(message: object, status: int) -> int:
+    print(f"nf4lab: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

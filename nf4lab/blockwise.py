@@ -262,7 +262,7 @@ def _describe_non_finite(x: Tensor) -> str:
         infinite += values.isinf().sum().item()
         if first is None and nan + infinite:
             first = start + (~values.isfinite()).nonzero()[0].item()
-    index = tuple(i.item() for i in torch.unravel_index(torch.tensor(first), x.shape)) if x.dim() else ()
+    index = tuple(i.item() for i in torch.unravel_index(torch.tensor(first, device="cpu"), x.shape)) if x.dim() else ()
     return (
         f"x must be finite in float32; {nan} NaN and {infinite} infinite values, "
         f"the first is {flat[first].item()} at index {index}"

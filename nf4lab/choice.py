@@ -20,9 +20,10 @@ from torch import nn
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 # What a name alone tells, where there is no model to ask.
-EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "*.shared", "shared", "*relative_attention_bias*")
+LOOKED_UP = re.compile(r"embed|wte|wpe|relative_attention_bias|(^|\.)shared$")  # tables that are not multiplied
 HEADS = ("lm_head", "embed_out", "score")
 HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
+FUSED_EXPERTS = "fused experts, of which transformers reads no 4-bit file"
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,11 @@ def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
     found = []
     for key, shape in shapes.items():
         name = key.removesuffix(".weight")
+        if len(shape) == 3 and "expert" in name:
+            found.append(Candidate((key,), "experts", math.prod(shape), FUSED_EXPERTS))
         if len(shape) != 2:
             continue
-        if any(fnmatchcase(key, pattern) for pattern in EMBEDDINGS) or name in EMBEDDINGS:
+        if LOOKED_UP.search(name):
             kind, stays = "embedding", EMBEDDING
         elif name == key:
             kind, stays = "linear", "no weight of a layer, by its name"

@@ -5,6 +5,7 @@ store its constants, which sets the block size: one float32 for 64 weights costs
 made for a block size (AF4, BOF4, BOF4-S) are derived for the one that they play at.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nf4lab import codebooks
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.formats import FORMATS, Format
+from nf4lab.formats.table import FOR_BLOCK_SIZE
 from nf4lab.metrics import mae, mse
 
 BUDGETS = (4.0, 4.127, 4.25, 4.5, 5.0)  # bits a weight; 4.0 stands for the largest blocks, 4.002 to 4.016 bits
@@ -33,9 +34,7 @@ STORAGE = {
     POWER: dict(zip(BUDGETS, ((torch.float8_e8m0fnu, size, False) for size in (4096, 64, 32, 16)), strict=False)),
 }  # fmt: skip
 STORAGE[SEARCHED] = STORAGE[SHORT]
-ALL = ("int4", "uniform", "fp4", "e2m1", "nf4", "sf4", "af4", "bof4", "bof4-s", "q4_0", "iq4_nl")
-SOME = ("nvfp4", "nf4", "bof4-s", "iq4_nl")
-PLAYERS = {FLOAT32: ALL, FLOAT16: ("q4_0", "iq4_nl"), POWER: ("mxfp4",), SHORT: SOME, SEARCHED: SOME}
+SHORTENED = ("nf4", "bof4-s", "iq4_nl")  # codebooks of wider constants that play with a byte as well
 LEAST_WEIGHTS = 4096  # a tensor with fewer does not fill one of the largest blocks
 
 
@@ -77,6 +76,29 @@ class Score:
         return 10 * math.log10(self.power / self.mse) if self.mse else math.inf
 
 
+@functools.cache
+def players() -> dict[str, tuple[str, ...]]:
+    """Who plays with constants of each storage: storage -> names. Every 4-bit format of nf4lab.FORMATS does somewhere.
+
+    float32: all whose constants are no single bytes. The other storages: those whose own constants are of that type,
+    and with short ones three of the rest.
+    """
+    dtypes = {name: format.constants_dtype for name, format in FORMATS.items() if format.code_bits == 4}
+
+    def of(dtype: torch.dtype) -> tuple[str, ...]:
+        return tuple(name for name, own in dtypes.items() if own == dtype)
+
+    wide = tuple(name for name, own in dtypes.items() if own.itemsize > 1)
+    short = (*of(torch.float8_e4m3fn), *SHORTENED)
+    return {FLOAT32: wide, FLOAT16: of(torch.float16), POWER: of(torch.float8_e8m0fnu), SHORT: short, SEARCHED: short}
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    if name == "ALL":  # who plays with float32: a constant to whoever reads it, made when it is first asked for
+        return players()[FLOAT32]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def entry(name: str, storage: str, budget: float) -> Entry:
     """The entry of a format at a budget, its constants stored in one of STORAGE's ways.
 
@@ -90,11 +112,11 @@ def entry(name: str, storage: str, budget: float) -> Entry:
         raise ValueError(f"no entry of format {name!r} with constants {storage!r} at {budget} bits")
     dtype, block_size, double_quant = STORAGE[storage][budget]
     row = FORMATS[name]
-    if row.normalize(torch.ones(1, 2))[1] is not None:
+    if row.normalization.has_location:
         block_size = min(2 * block_size, 4096)
     changes = {"constants_dtype": dtype, "tensor_scale": dtype == torch.float8_e4m3fn}
-    if derive := {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}.get(name):
-        changes["levels"] = derive(block_size)
+    if name in FOR_BLOCK_SIZE:
+        changes["levels"] = FOR_BLOCK_SIZE[name](block_size)
     format = replace(row, exact_codes=row.exact_codes and storage == FLOAT16, **changes)
     return Entry(name, storage, budget, format.searched() if storage == SEARCHED else format, block_size, double_quant)
 
@@ -108,10 +130,10 @@ def _can_play(name: str, storage: str, budget: float) -> bool:
 
 
 def entries(budgets: Iterable[float] = BUDGETS) -> list[Entry]:
-    """Everybody who plays at these budgets, in the order of PLAYERS."""
+    """Everybody who plays at these budgets, in the order of `players`."""
     return [
         entry(name, storage, budget)
-        for storage, names in PLAYERS.items()
+        for storage, names in players().items()
         for name in names
         for budget in budgets
         if _can_play(name, storage, budget)

@@ -7,15 +7,13 @@ its error is an integral over the cells of the levels. `density` is a scipy.stat
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.optimize
-import scipy.special
-import scipy.stats
+import scipy
 import torch
 from torch import Tensor
 
-from nf4lab import formats
 from nf4lab.codebooks import extremes
 from nf4lab.codebooks.extremes import Extremes
+from nf4lab.codebooks.normal import NORMAL
 from nf4lab.formats import Format, as_format
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(5)
@@ -36,16 +34,14 @@ class Expected:
     usage: Tensor
 
 
-def expected(
-    format: str | Format, block_size: float | None = None, density=scipy.stats.norm, numel: int = 2**20
-) -> Expected:
+def expected(format: str | Format, block_size: float | None = None, density=NORMAL, numel: int = 2**20) -> Expected:
     """The errors and the code usage to expect of a format, on blocks of independent draws of `density`: Expected.
 
     block_size: by default the format's own; any number from 2 up, for the formulas hold between whole numbers too.
     numel: how many weights share the tensor's scale, in formats that have one; the largest is taken at its median.
-    Every normalisation of `nf4lab.formats` takes any density of finite variance, but for `mean_std`: it takes normal
-    ones only, whose normalised weights have a beta distribution (Thompson 1935). Constants of 8 bits are rounded
-    as they are stored, wider ones count as exact: bfloat16 adds less than 5e-4 of a squared error, float16 less than
+    Every rule of `nf4lab.formats` takes any density of finite variance, but for `mean_std`: it takes normal ones
+    only, whose normalised weights have a beta distribution (Thompson 1935). Constants of 8 bits are rounded as they
+    are stored, wider ones count as exact: bfloat16 adds less than 5e-4 of a squared error, float16 less than
     5e-5. Double quantization is left out.
 
     >>> round(expected("nf4").mse, 6)
@@ -59,17 +55,18 @@ def expected(
     _check(format, block_size, density)
     if format.constants_dtype.itemsize > 1:
         format = replace(format, constants_dtype=torch.float32)
-    if format.normalize is formats.mean_std:
+    depends_on = format.normalization.depends_on
+    if depends_on == "moments":
         return _studentized(format, block_size, density)
     largest = _median_largest(numel, density) if format.tensor_scale else np.inf
-    if format.normalize is formats.min_max:
+    if depends_on == "range":
         nodes = extremes.of_range(block_size, density)
     else:
         nodes = extremes.of_magnitude(block_size, density, _jumps(format, largest, block_size, density))
     return _expected(format, block_size, nodes, _constants(format, nodes.elements, largest), density)
 
 
-def known_scale(levels: Tensor, density=scipy.stats.norm) -> Expected:
+def known_scale(levels: Tensor, density=NORMAL) -> Expected:
     """The errors and usage to expect of levels in the density's own units, its scale being known and not stored.
 
     >>> from nf4lab import codebooks
@@ -84,7 +81,7 @@ def known_scale(levels: Tensor, density=scipy.stats.norm) -> Expected:
 
 
 def crossing(
-    first: str | Format, second: str | Format, low: float = 16, high: float = 4096, density=scipy.stats.norm,
+    first: str | Format, second: str | Format, low: float = 16, high: float = 4096, density=NORMAL,
     metric: str = "mse", ratio: float = 1,
 ) -> float:  # fmt: skip
     """The block size from `low` to `high` at which two formats have the same expected error, as a real number.
@@ -110,7 +107,7 @@ def crossing(
     return float(np.exp(scipy.optimize.brentq(lead, np.log(low), np.log(high), xtol=1e-6)))
 
 
-def entropy_coded(bits: float, density=scipy.stats.norm) -> float:
+def entropy_coded(bits: float, density=NORMAL) -> float:
     """The mean squared error of an endless even grid whose codes have an entropy of `bits`: one level is zero.
 
     It is what rounding one weight at a time can do with an ideal entropy coder behind it. At high rates it tends to
@@ -180,7 +177,7 @@ def _sums(format: Format, x: np.ndarray, weight: np.ndarray, probability: np.nda
 def _constants(format: Format, elements: np.ndarray, largest: float) -> tuple:
     """Scale and location that codes are made with, then those that decode: four of float64 (n,)."""
     blocks = torch.from_numpy(np.clip(elements, -largest, largest)).float()
-    tensor_scale = format.scale_of_tensor(torch.tensor([largest]))
+    tensor_scale = format.scale_of_tensor(torch.tensor([largest], dtype=torch.float32, device="cpu"))
     stored, decoded_location, scale, location = format.constants(blocks, tensor_scale)
     decoded_scale = stored if tensor_scale is None else stored * tensor_scale
     parts = scale, location, decoded_scale, decoded_location
@@ -192,7 +189,7 @@ def _jumps(format: Format, largest: float, block_size: float, density) -> np.nda
 
     That is where a scale of few values changes, and between those where the weight meets a boundary or a level.
     """
-    if format.normalize is not formats.power_of_two and format.constants_dtype.itemsize > 1:
+    if not format.normalization.in_steps and format.constants_dtype.itemsize > 1:
         return np.empty(0)
     edges = extremes.magnitude_edges(block_size, density)
     m = np.geomspace(edges[1], min(edges[-1], largest), 1024)
@@ -236,14 +233,14 @@ def _studentized(format: Format, block_size: float, density) -> Expected:
 
 
 def _check(format: Format, block_size: float, density) -> None:
-    known = (formats.absmax, formats.signed_absmax, formats.power_of_two, formats.min_max, formats.mean_std)
-    if format.search or format.normalize not in known:
-        how = "a searched scale" if format.search else f"normalisation {getattr(format.normalize, '__name__', '?')!r}"
+    rule = format.normalization
+    if format.search or rule.depends_on == "all":
+        how = "a searched scale" if format.search else f"normalisation {rule.name!r}"
         raise ValueError(f"no quadrature for {how} of format {format.name!r}: quantize a sample instead")
     if not np.isfinite(density.var()):
         raise ValueError(f"expected errors need a density of finite variance; got variance {density.var()}")
-    if format.constants_dtype.itemsize == 1 and format.normalize in (formats.min_max, formats.mean_std):
+    if format.constants_dtype.itemsize == 1 and rule.has_location:
         raise ValueError(f"no quadrature for two constants in {format.constants_dtype}: quantize a sample instead")
-    fewest = 4 if format.normalize is formats.mean_std else 2
+    fewest = 4 if rule.depends_on == "moments" else 2
     if not block_size >= fewest:
         raise ValueError(f"a block of format {format.name!r} has {fewest} weights or more; got block_size {block_size}")

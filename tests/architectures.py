@@ -8,7 +8,7 @@ EXPERTS = dict(num_experts_per_tok=2, output_router_logits=False)
 T5 = dict(vocab_size=128, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4)
 GPT2 = dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
 VIT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-           patch_size=8, num_labels=3)  # fmt: skip
+           patch_size=8, num_labels=32)  # fmt: skip
 
 # name: (class of the model, class of its configuration, arguments)
 ARCHITECTURES = {
@@ -26,7 +26,7 @@ ARCHITECTURES = {
         LLAMA | EXPERTS | dict(num_experts=4, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=1),
     ),
     "Llama classifier": ("LlamaForSequenceClassification", "LlamaConfig", LLAMA | dict(num_labels=3, pad_token_id=0)),
-    "BERT classifier": ("BertForSequenceClassification", "BertConfig", SMALL | dict(num_labels=3)),
+    "BERT classifier": ("BertForSequenceClassification", "BertConfig", SMALL | dict(num_labels=32)),
     "ViT": ("ViTForImageClassification", "ViTConfig", VIT),
     "MiniLM": ("BertModel", "BertConfig", SMALL | dict(max_position_embeddings=64)),
 }

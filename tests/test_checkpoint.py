@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import pytest
 import safetensors.torch
@@ -360,12 +359,3 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_nothing_is_left_behi
     with pytest.raises(ValueError, match=rf"{shard.name}: tensor '{name}': x must be finite .* at index \(3, 4\)"):
         nf4lab.quantize_checkpoint(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_a_checkpoint_that_is_quantized_already_passes_through_unchanged(sharded, tmp_path):
-    folder, tensors = sharded
-    assert nf4lab.quantize_checkpoint(folder, tmp_path / "out")["quantized"] == 0
-    back = nf4lab.load_quantized(tmp_path / "out")
-    for name, tensor in tensors.items():
-        assert_equal(back[name], tensor)
-    shutil.rmtree(tmp_path / "out")

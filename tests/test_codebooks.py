@@ -1,6 +1,8 @@
 """Each derived codebook against the published table that it must equal."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 
+import nf4lab
 from nf4lab import codebooks
 
 NF4 = [
@@ -39,6 +42,16 @@ def test_the_unrounded_tail_would_change_twelve_levels():
 def test_a_tail_outside_its_range_is_refused(tail):
     with pytest.raises(ValueError, match=f"tail is a probability between 0.5 and 1; got {tail}"):
         codebooks.nf4(tail)
+
+
+@pytest.mark.parametrize(("name", "n_levels"), [("nf3", 8), ("nf2", 4)])
+def test_nf3_and_nf2_are_the_quantiles_of_nf4s_rule_with_its_tail(name, n_levels):
+    tail = torch.tensor(0.9677083)
+    positive = scipy.stats.norm.ppf(torch.linspace(tail, 0.5, n_levels // 2 + 1)[:-1])
+    negative = -scipy.stats.norm.ppf(torch.linspace(tail, 0.5, n_levels // 2)[:-1])
+    expected = torch.tensor([*negative, 0, *positive[::-1]]).float() / positive[0]
+    assert torch.allclose(getattr(codebooks, name)(), expected, rtol=0, atol=2e-7)
+    assert nf4lab.FORMATS[name].code_bits == {"nf3": 3, "nf2": 2}[name]
 
 
 def test_fp4_equals_the_table_of_bitsandbytes_by_code():
@@ -112,3 +125,47 @@ def test_each_lloyd_max_level_is_the_mean_of_its_cell(density):
 def test_a_density_of_infinite_variance_has_no_lloyd_max_levels():
     with pytest.raises(ValueError, match="finite variance; got variance inf"):
         codebooks.lloyd_max(scipy.stats.t(1.5))
+
+
+EVERY_TABLE = """
+import hashlib, torch, nf4lab
+from nf4lab.formats.double_quant import MAPS
+{before}
+digest = hashlib.sha256()
+for format in (*nf4lab.FORMATS.values(), *MAPS.values()):
+    for table in (format.levels, format.boundaries, format.ascending):
+        assert table.device.type == "cpu", (format.name, table.device)
+        digest.update(table.numpy().tobytes())
+x = torch.randn(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu")
+for name in nf4lab.FORMATS:
+    for n in (1000, 70_000):
+        twice = nf4lab.FORMATS[name].constants_dtype.itemsize > 1
+        q = nf4lab.quantize(x[:n], name, double_quant=twice)
+        digest.update(q.packed.numpy().tobytes() + q.scale.numpy().tobytes() + q.dequantize().numpy().tobytes())
+print(digest.hexdigest())
+"""
+DEFAULTS = (
+    "torch.set_default_dtype(torch.float16)", "torch.set_default_dtype(torch.bfloat16)",
+    "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')",
+)  # fmt: skip
+WRITES = """
+for format in (*nf4lab.FORMATS.values(), *MAPS.values()):
+    for table in (format.levels, format.boundaries, format.ascending):
+        table.zero_()
+mine = torch.tensor([-1.0, 0.0, 1.0])
+format = nf4lab.Format("mine", mine)
+mine.zero_()
+assert format.levels.tolist() == [-1, 0, 1] and nf4lab.quantize(torch.ones(64), format).dequantize().eq(1).all()
+layer = nf4lab.Linear4bit.from_linear(torch.nn.Linear(64, 2), double_quant=True)
+for part in layer.state_dict().values():
+    part.zero_()
+"""
+
+
+def test_no_default_of_torch_and_no_write_to_what_is_handed_out_moves_a_level():
+    runs = [
+        subprocess.Popen([sys.executable, "-c", EVERY_TABLE.format(before=before)], stdout=subprocess.PIPE, text=True)
+        for before in ("", *DEFAULTS, WRITES)
+    ]
+    digests = [run.communicate()[0] for run in runs]
+    assert digests[0] and set(digests) == {digests[0]}

@@ -88,7 +88,7 @@ def test_every_command_helps(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit, match="0"):
             main([command.__name__.rpartition(".")[2], "--help"])
-        assert "usage: python -m nf4lab" in capsys.readouterr().out
+        assert "usage: nf4lab" in capsys.readouterr().out
 
 
 KILLED = """
@@ -122,9 +122,19 @@ def test_a_killed_run_leaves_no_file_under_the_final_name_and_the_next_run_succe
     assert isinstance(nf4lab.load_quantized(target)["down.weight"], nf4lab.QuantizedTensor)
 
 
-def test_an_interrupted_run_removes_what_it_had_written(checkpoint, tmp_path):
-    done = run(checkpoint, tmp_path / "out.safetensors", code=KILLED.format(signal="SIGINT"))
-    assert "KeyboardInterrupt" in done.stderr
+@pytest.mark.parametrize(
+    ("signal", "status", "words"),
+    [
+        ("SIGINT", 130, "interrupted"),
+        ("SIGTERM", 143, "stopped by SIGTERM"),
+        ("SIGHUP", 129, "stopped by SIGHUP"),
+    ],
+)
+def test_an_interrupted_run_says_so_in_a_line_and_removes_what_it_had_written(
+    checkpoint, tmp_path, signal, status, words
+):
+    done = run(checkpoint, tmp_path / "out.safetensors", code=KILLED.format(signal=signal))
+    assert (done.returncode, done.stderr) == (status, f"nf4lab: {words}; nothing was left behind\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 

@@ -43,6 +43,11 @@ def test_entries_at_their_standards_budget_are_the_standards():
     assert torch.equal(qlora.dequantize(), nf4lab.quantize(x, double_quant=True).dequantize())
 
 
+def test_every_four_bit_format_plays():
+    playing = {one.name for one in league.entries()}
+    assert playing == {name for name, format in nf4lab.FORMATS.items() if format.code_bits == 4}
+
+
 def test_codebooks_made_for_a_block_size_are_those_of_the_entry():
     assert torch.equal(league.entry("bof4-s", league.SHORT, 4.5).format.levels, codebooks.bof4_s(16))
     assert torch.equal(league.entry("af4", league.FLOAT32, 4.25).format.levels, codebooks.af4(128))
@@ -120,7 +125,7 @@ def checkpoint(tmp_path):
 
 def test_compare_prints_the_league_and_writes_what_is_asked_for(checkpoint, tmp_path, capsys):
     outputs = ["--csv", str(tmp_path / "out.csv"), "--plot", str(tmp_path / "out.png")]
-    assert main(["compare", str(checkpoint), "--bits", "4.25", "4.5", "--quiet", *outputs]) == 0
+    assert main(["compare", str(checkpoint), "--bits", "4.25", "--bits", "4.5", "--quiet", *outputs]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["format", "constants", "4.25", "bits", "4.5", "bits", "won"]
     rows = {tuple(line.split()[:2]): line.split() for line in lines[1:]}

@@ -1,28 +1,26 @@
 """Quantize a whole checkpoint, one tensor at a time: a model larger than the memory passes through."""
 
-import fnmatch
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from nf4lab.blockwise import DTYPES, quantize
-from nf4lab.checkpoints.files import METADATA, checkpoint_path, opened, write_index
-from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, parts_of
-from nf4lab.checkpoints.tensorfile import Entry, TensorFile, TensorWriter, header_room, writing
-from nf4lab.formats import Format, as_format
-from nf4lab.formats.double_quant import DoubleQuant, as_double_quant
+import torch
 
-INCLUDE = ("*.weight",)
-# What `transformers` leaves alone too: embeddings, which are looked up and not multiplied, and the output head.
-EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*")
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
-NOT_COPIED = (*WEIGHTS, "*.index.json", ".*")
-MOST_PARTS = 10  # of one quantized tensor: packed, levels, state, its scale, and three of each of two constants
-LONGEST_SUFFIX = len(".quant_state.bitsandbytes__nf4")
+from nf4lab.blockwise import DTYPES, quantize
+from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, skip_modules
+from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
+from nf4lab.checkpoints.folder import check_not_quantized, copy_others, quantization_config, read_config, write_config
+from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, parts_of
+from nf4lab.checkpoints.partial import folder_appearing_whole, leftovers, remove
+from nf4lab.checkpoints.plan import How, Shard, bytes_of, plan
+from nf4lab.checkpoints.tensorfile import Entry, TensorFile, writing
+from nf4lab.choice import EXCLUDED, NOT_INCLUDED, Candidate, choose, warn_of_the_rest
+from nf4lab.formats import FORMATS, Format
+from nf4lab.formats.double_quant import DoubleQuant
+
+CONNECT = 10  # seconds to wait for a Dask scheduler
 
 
 def quantize_checkpoint(
@@ -32,111 +30,167 @@ def quantize_checkpoint(
     block_size: int | None = None,
     double_quant: bool | str | DoubleQuant = False,
     *,
-    include: Sequence[str] = INCLUDE,
-    exclude: Sequence[str] = EXCLUDE,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    max_shard_size: int | str | None = None,
+    device: str | torch.device = "cpu",
+    scheduler: str | None = None,
     progress: bool = False,
-) -> dict[str, int]:
-    """Quantize a checkpoint into another; returns counts: tensors, quantized, bytes_before, bytes_after.
+) -> dict:
+    """Quantize a checkpoint into another; returns counts: tensors, quantized, bytes_before, bytes_after, what stays.
 
     source: a safetensors file, which makes target a file; or a folder or the index in it, which makes target a folder
     with the same shards, an index, and copies of the files that are no weights.
-    Floating-point matrices whose name matches a pattern of `include` and none of `exclude` are quantized, the rest is
-    copied. Patterns are a shell's; * matches dots too. block_size: by default the format's own, 64 for NF4.
-    progress: show a bar.
+    Matrices that multiply are quantized, the rest is copied. In a folder whose config.json transformers knows, its
+    model says which those are, and matrices that it keeps transposed are turned, as its integration of bitsandbytes
+    does; otherwise names tell. See `nf4lab.choice`. What stays and why is in "kept" by name, the share of all weights
+    that it is in "kept_share", and the files of a folder that were not copied are in "left_out".
+    include, exclude: a shell's patterns of tensors' names; * matches dots too. `exclude` adds to what stays; a pattern
+    of `include` that names what would stay ("*lm_head*", "*experts*", but not "*") has it quantized.
+    block_size: by default the format's own, 64 for NF4. max_shard_size: make target a folder with shards of at most so
+    many bytes, an integer or as "5GB"; without it a shard is split only where its header would be too long for readers.
+    device: where to quantize. scheduler: the address of a Dask scheduler, whose workers see the same files and write
+    the shards. progress: show a bar.
 
     At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights. target
     takes its name only when it is complete. A config.json gets the `quantization_config` by which transformers reads
-    NF4 and FP4.
+    NF4 and FP4, with the modules that it is to skip; where transformers can't read the result, nf4lab's own, which says
+    why. Warns where over half of the weights stay, those that a pattern leaves out not counted.
 
-    Raises FileExistsError where target exists, ValueError as `nf4lab.load_quantized` does for bad files and, naming
-    the tensor, for what `nf4lab.quantize` refuses.
+    Raises FileExistsError where target exists, ValueError as `nf4lab.load_quantized` does for bad files, where source
+    is quantized already, where a pattern matches nothing and, naming the tensor, for what `nf4lab.quantize` refuses.
     """
-    source, target, format = Path(source), Path(target), as_format(format)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; nothing was written")
-    arguments = {"format": format, "block_size": block_size, "double_quant": as_double_quant(double_quant) or False}
+    source, target = Path(source), Path(os.path.abspath(target))
+    how, limit = How.of(format, block_size, double_quant, device), bytes_of(max_shard_size)
+    _check_target(target)
+    is_folder = source.is_dir() or source.suffix == ".json"
     with opened(source) as files, _progress_bar(files, progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
-        chosen = {name for name, entry in entries.items() if _is_chosen(name, entry, include, exclude)}
-        if source.is_dir() or source.suffix == ".json":
-            after = _quantize_folder(checkpoint_path(source), files, target, chosen, arguments, bar)
+        folder = checkpoint_path(source).parent if is_folder else source
+        config = read_config(folder) if is_folder else None
+        check_not_quantized(folder, config, {n: str(e.dtype).removeprefix("torch.") for n, e in entries.items()})
+        shapes = {n: e.shape for n, e in entries.items() if len(e.shape) >= 2 and e.dtype in DTYPES}
+        judged = architecture_of(folder, config, shapes)
+        chosen, others = choose(judged.candidates, include, exclude, "tensors")
+        shards = plan(files, chosen, how, limit, is_folder or limit is not None)
+        if is_folder or limit is not None:
+            with folder_appearing_whole(target) as partial:
+                weights = {INDEX, *(file.path.name for file in files)}
+                left_out = copy_others(folder, partial, weights) if is_folder else []
+                if config is not None:
+                    write_config(partial, config, _words_for_it(judged, chosen, how))
+                written = _write_shards(shards, files, partial, how, scheduler, bar)
         else:
-            after = _quantize_file(files[0], target, chosen, arguments, bar)
-    before = sum(entry.nbytes for entry in entries.values())
-    return {"tensors": len(entries), "quantized": len(chosen), "bytes_before": before, "bytes_after": after}
+            written, left_out = {target.name: write_shard(shards[0], target, how, files, bar)}, []
+    result = {"tensors": len(entries), "quantized": len(chosen)}
+    result["bytes_before"] = sum(entry.nbytes for entry in entries.values())
+    result["bytes_after"] = sum(nbytes for tensors in written.values() for nbytes in tensors.values())
+    return result | _what_stays(entries, chosen, others) | {"left_out": left_out}
 
 
-def _is_chosen(name: str, entry: Entry, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    matches = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for patterns in (include, exclude)]
-    return len(entry.shape) == 2 and entry.dtype in DTYPES and matches == [True, False]
+def _check_target(target: Path) -> None:
+    """Raise where nothing can be written under the target's name."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; nothing was written")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder to write {target.name} to; nothing was written")
 
 
-def _quantize_file(file: TensorFile, target: Path, chosen: set[str], arguments: dict, bar) -> int:
-    """Write one file's tensors to target, those chosen quantized; returns the bytes of their data."""
-    # Quantized tensors take whole multiples of 8 bytes; the others follow by falling itemsize. So all are aligned.
-    names = sorted(file.entries, key=lambda name: -16 if name in chosen else -file.entries[name].dtype.itemsize)
-    metadata = file.metadata | METADATA
-    with writing(target, header_room(_longest_keys(file, chosen), metadata), metadata) as out:
-        for name in names:
-            _quantize_tensor(file, name, out, arguments if name in chosen else None)
-            bar.update(file.entries[name].nbytes)
-    return sum(entry.nbytes for entry in out.entries.values())
+def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | None = None, bar=None) -> dict[str, int]:
+    """Write one shard's tensors to `path`, those to quantize quantized; returns the bytes of each tensor written.
+
+    files: the sources where they are open; a Dask worker opens them itself.
+    """
+    if files is None:
+        with opened(shard.source) as files:
+            return write_shard(shard, path, how, files)
+    place = {name: file for file in files for name in file.entries}
+    with writing(path, shard.room, shard.metadata) as out:
+        for name, action in shard.tensors:
+            _add_tensor(place[name], name, out, how, action)
+            if bar is not None:
+                bar.update(place[name].entries[name].nbytes)
+    return {name: entry.nbytes for name, entry in out.entries.items()}
 
 
-def _quantize_tensor(file: TensorFile, name: str, out: TensorWriter, arguments: dict | None) -> None:
-    """Write one tensor, quantized if there are arguments. Its locals are gone before the next one is read."""
+def _add_tensor(file: TensorFile, name: str, out, how: How, action: str) -> None:
+    """Write one tensor, as the action says. Its locals are gone before the next one is read."""
     tensor = file.read(name)
-    if arguments is not None:
+    if action != "copy":
+        tensor = tensor.T if action == "transpose" else tensor
         try:
-            tensor = quantize(tensor, **arguments)
+            tensor = quantize(tensor.to(how.device), how.format, how.block_size, how.double_quant)
         except ValueError as error:
             raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
     for key, part in parts_of(name, tensor).items():
         out.add(key, part)
 
 
-def _longest_keys(file: TensorFile, chosen: set[str]) -> Iterator[tuple[str, int]]:
-    """A name and a number of dimensions for each tensor that the output may have, none of them longer than these."""
-    for name, entry in file.entries.items():
-        if name in chosen:
-            yield from [(name + "x" * LONGEST_SUFFIX, 2)] * MOST_PARTS
-        else:
-            yield name, len(entry.shape)
+def _write_shards(
+    shards: list[Shard], files: list[TensorFile], folder: Path, how: How, scheduler: str | None, bar
+) -> dict[str, dict[str, int]]:
+    """Write all shards, here or on a Dask cluster, and the index where there is more than one; their tensors' bytes."""
+    if scheduler is None:
+        place = {shard.name: write_shard(shard, folder / shard.name, how, files, bar) for shard in shards}
+    else:
+        place = _write_on_cluster(shards, folder, how, scheduler, bar)
+    if len(shards) > 1 or shards[0].name != "model.safetensors":
+        write_index(folder / INDEX, place)
+    return place
 
 
-def _quantize_folder(
-    source: Path, files: list[TensorFile], target: Path, chosen: set[str], arguments: dict, bar
-) -> int:
-    """Write every shard, the index and the other files into a folder that gets its name when all are there."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir()
+def _write_on_cluster(shards: list[Shard], folder: Path, how: How, scheduler: str, bar) -> dict[str, dict[str, int]]:
+    """Write each shard on a worker of the cluster; one that a lost worker had begun is written anew by another."""
     try:
-        after = sum(_quantize_file(file, partial / file.path.name, chosen, arguments, bar) for file in files)
-        if source.suffix == ".json":
-            write_index(partial / source.name, [partial / file.path.name for file in files])
-        _copy_other_files(source.parent, partial, format=arguments["format"], double_quant=arguments["double_quant"])
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return after
-
-
-def _copy_other_files(source: Path, target: Path, format: Format, double_quant: bool | DoubleQuant) -> None:
-    """Copy what is no weight: configurations, tokenizers, licences. config.json learns of the quantization."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(path, target / path.name)
-    config = target / "config.json"
-    if config.exists() and format.name in BITSANDBYTES_STATES.values() and double_quant in (False, DoubleQuant()):
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": format.name,
-            "bnb_4bit_use_double_quant": bool(double_quant),
+        from distributed import Client, as_completed
+    except ImportError:
+        raise ValueError("--scheduler needs Dask's cluster: pip install distributed") from None
+    with Client(scheduler, timeout=CONNECT, set_as_default=False) as client:
+        if not client.scheduler_info()["workers"]:
+            raise ValueError(f"the scheduler at {scheduler} has no workers")
+        named = how.format.name if FORMATS.get(how.format.name) is how.format else how.format
+        how = replace(how, format=named)
+        futures = {
+            client.submit(write_shard, shard, folder / shard.name, how, pure=False, retries=3): shard
+            for shard in shards
         }
-        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        written = {}
+        try:
+            for future in as_completed(futures, loop=client.loop):
+                shard = futures[future]
+                written[shard.name] = future.result()
+                bar.update(shard.nbytes)
+        finally:
+            client.cancel(list(futures))
+    for shard in shards:
+        for leftover in leftovers(folder / shard.name):
+            remove(leftover)
+    return written
+
+
+def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How) -> dict:
+    """The quantization_config: transformers' where it can read what is written, else nf4lab's with the reason."""
+    quantized = {judged.modules[key] for c in chosen for key in c.names if key in judged.modules}
+    beyond = next((c for c in chosen if c.kind not in ("linear", "conv1d") or c.stays == CONVERTED), None)
+    ours = ""
+    if how.format.name not in BITSANDBYTES_STATES.values() or how.double_quant not in (False, DoubleQuant()):
+        ours = "bitsandbytes has no word for this format or its constants"
+    elif how.block_size < 32:
+        ours = f"bitsandbytes takes blocks of 32 and more, not {how.block_size}"
+    elif beyond is not None:
+        ours = f"transformers reads no 4-bit {beyond.names[0]}: {beyond.stays or beyond.kind}"
+    return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours)
+
+
+def _what_stays(entries: dict[str, Entry], chosen: list[Candidate], others: list[tuple[Candidate, str]]) -> dict:
+    """What stays by name and its share of all weights; a warning where that is over half and nobody asked for it."""
+    total = sum(torch.Size(entry.shape).numel() for entry in entries.values() if entry.dtype in DTYPES)
+    kept = {candidate.names[0]: why for candidate, why in others}
+    share = 1 - sum(candidate.numel for candidate in chosen) / total
+    left_out = sum(candidate.numel for candidate, why in others if why in (EXCLUDED, NOT_INCLUDED))
+    if share - left_out / total > 0.5:
+        warn_of_the_rest(share, kept, stacklevel=3)
+    return {"kept": kept, "kept_share": share}
 
 
 @contextmanager

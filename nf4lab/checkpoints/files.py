@@ -6,6 +6,7 @@ holding either in memory, in `convert`.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from nf4lab.blockwise import QuantizedTensor
 from nf4lab.checkpoints.checked_json import without_duplicates
 from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
-from nf4lab.checkpoints.tensorfile import TensorFile, appearing_whole, header_room, writing
+from nf4lab.checkpoints.partial import appearing_whole
+from nf4lab.checkpoints.tensorfile import TensorFile, entry_room, header_room, writing
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers opens no file without it
@@ -34,7 +36,8 @@ def save_quantized(path: str | os.PathLike, tensors: dict[str, QuantizedTensor |
         if not isinstance(tensor, QuantizedTensor | Tensor):
             raise TypeError(f"{name!r} must be a QuantizedTensor or a torch.Tensor; got {type(tensor).__name__}")
     parts = [part for name, tensor in in_order(tensors.items()) for part in parts_of(name, tensor).items()]
-    room = header_room(((name, part.dim()) for name, part in parts), METADATA)
+    nbytes = sum(part.nbytes for _, part in parts)
+    room = header_room((entry_room(name, tuple(part.shape), nbytes) for name, part in parts), METADATA)
     with writing(path, room, METADATA) as file:
         for name, part in parts:
             file.add(name, part)
@@ -81,17 +84,22 @@ def checkpoint_path(path: str | os.PathLike) -> Path:
     for name in (INDEX, "model.safetensors"):
         if (path / name).exists():
             return path / name
-    raise FileNotFoundError(f"{path} holds neither {INDEX} nor model.safetensors")
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    there = f"; there are {', '.join(others[:3])}" if others else ""
+    raise FileNotFoundError(f"{path} holds neither {INDEX} nor model.safetensors{there}")
 
 
 def _check_index(weight_map: dict[str, str], files: list[TensorFile], index: str) -> None:
     """Raise unless each shard holds exactly the tensors that the index places there."""
+    listed: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        listed.setdefault(shard, set()).add(name)
     for file in files:
         shard = file.path.name
-        listed = {name for name, place in weight_map.items() if place == shard}
-        if listed != set(file.entries):
-            name = min(listed ^ set(file.entries))
-            one, other = (index, "it does not") if name in listed else (shard, f"{index} does not place it there")
+        if listed[shard] != set(file.entries):
+            name = min(listed[shard] ^ set(file.entries))
+            in_index = name in listed[shard]
+            one, other = (index, "it does not") if in_index else (shard, f"{index} does not place it there")
             raise ValueError(f"{one} says that tensor {name!r} is in {shard}; {other}")
 
 
@@ -110,13 +118,10 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_index(path: Path, shards: Iterable[Path]) -> None:
-    """Write the index of shards that are complete: which tensor lies where, and the bytes of all."""
-    weight_map, total = {}, 0
-    for shard in shards:
-        with TensorFile(shard) as file:
-            weight_map |= dict.fromkeys(file.entries, shard.name)
-            total += sum(entry.nbytes for entry in file.entries.values())
+def write_index(path: Path, shards: dict[str, dict[str, int]]) -> None:
+    """Write the index of shards that are complete. shards: by the shard's name the bytes of each tensor by name."""
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    total = sum(nbytes for tensors in shards.values() for nbytes in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     with appearing_whole(path) as file:
         file.write((json.dumps(index, indent=2) + "\n").encode())
@@ -133,13 +138,13 @@ def stored_tensors(keys: list[str]) -> dict[str, list[str]]:
     Raises ValueError for parts of a quantized tensor that lack the rest.
     """
     states = {key: key.removesuffix(end) for key in keys for end in STATES if key.endswith(end)}
-    names, known = list(states.values()), set(keys)
-    for name in names:
+    known, counts = set(keys), Counter(states.values())
+    for name, count in counts.items():
         if name not in known:
             raise ValueError(f"there is a quant_state for {name!r}, and no tensor of that name")
-        if names.count(name) > 1:
-            raise ValueError(f"tensor {name!r} has {names.count(name)} quant_states")
-    owner = states | {name + end: name for name in names for end in (*BITSANDBYTES_PARTS, *NF4LAB_PARTS)}
+        if count > 1:
+            raise ValueError(f"tensor {name!r} has {count} quant_states")
+    owner = states | {name + end: name for name in counts for end in (*BITSANDBYTES_PARTS, *NF4LAB_PARTS)}
     parts: dict[str, list[str]] = {}
     for key in keys:
         _check_no_orphan(key, known, owner)

@@ -9,8 +9,7 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,27 @@ import torch
 from torch import Tensor
 
 from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
+from nf4lab.checkpoints.partial import appearing_whole
 
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+FRAME = ':{"dtype":"F8_E4M3","shape":,"data_offsets":[,]},'  # what stands around a header's names and numbers
+# How files begin that are mistaken for safetensors, and what they are.
+BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive: PyTorch's pickle (.bin, .pt) or NumPy's .npz",
+    b"\x80\x02": "a pickle, which can run code when it is opened",
+    b"\x80\x03": "a pickle, which can run code when it is opened",
+    b"\x80\x04": "a pickle, which can run code when it is opened",
+    b"\x80\x05": "a pickle, which can run code when it is opened",
+    b"GGUF": "a GGUF file, llama.cpp's",
+    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` fetches the file that it stands for",
+    b"<!doctype html": "a web page: the download gave an error or a login, not the file",
+    b"<html": "a web page: the download gave an error or a login, not the file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"{": "JSON",
+}
 NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -86,6 +104,8 @@ def _read_header(file, name: str) -> tuple[dict[str, Entry], dict[str, str], int
     if size < 8:
         raise ValueError(f"{name} has {size} bytes; a safetensors file starts with the 8 bytes of its header's length")
     length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST_HEADER, size - 8):
+        _check_beginning(file, name)
     if length > LARGEST_HEADER:
         raise ValueError(f"{name} announces a header of {length} bytes; at most {LARGEST_HEADER} are read")
     if length > size - 8:
@@ -98,6 +118,15 @@ def _read_header(file, name: str) -> tuple[dict[str, Entry], dict[str, str], int
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_cover(entries, size - 8 - length, name)
     return entries, metadata, 8 + length
+
+
+def _check_beginning(file, name: str) -> None:
+    """Raise with what an open file is, where its first bytes tell."""
+    file.seek(0)
+    beginning = file.read(64)
+    for known, what in BEGINNINGS.items():
+        if beginning.lstrip().lower().startswith(known.lower()):
+            raise ValueError(f"{name} is no safetensors file but {what}")
 
 
 def _parse_header(raw: bytes, name: str) -> dict:
@@ -160,31 +189,43 @@ class TensorWriter:
             raise ValueError(f"two tensors want the name {name!r}")
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name!r}: a safetensors file cannot hold {tensor.dtype}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        data = (data if data.dtype == torch.uint8 else data.view(torch.uint8)).numpy()
         self._file.write(data)
         self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape), self._at, self._at + data.nbytes)
         self._at += data.nbytes
 
     def finish(self, metadata: dict[str, str]) -> None:
         """Write the header into the room that was left for it."""
-        header = {"__metadata__": metadata} | {
-            name: {"dtype": DTYPE_NAMES[e.dtype], "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
+        entries = (
+            f'{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{DTYPE_NAMES[e.dtype]}","shape":{list(e.shape)},'
+            f'"data_offsets":[{e.start},{e.stop}]}}'
             for name, e in self.entries.items()
-        }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        )
+        first = f'"__metadata__":{json.dumps(metadata, ensure_ascii=False)}'
+        text = f"{{{','.join((first, *entries))}}}".encode()
         if len(text) > self._header_bytes:
             raise RuntimeError(f"the header takes {len(text)} bytes; room was left for {self._header_bytes}")
         self._file.seek(0)
         self._file.write(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes))
 
 
-def header_room(names_and_dims: Iterator[tuple[str, int]], metadata: dict[str, str]) -> int:
-    """A multiple of 8 that is enough bytes for a header with these tensors: their names and numbers of dimensions."""
-    digits = 20  # of any 64-bit number, its comma included
-    room = len(json.dumps(metadata, ensure_ascii=False).encode()) + 32
-    for name, dims in names_and_dims:
-        room += len(json.dumps(name, ensure_ascii=False).encode()) + 60 + digits * (dims + 2)
+def header_room(entries: Iterable[int], metadata: dict[str, str]) -> int:
+    """A multiple of 8 that is enough bytes for a header, given those of its entries, from `entry_room`.
+
+    Raises ValueError for more than a reader takes.
+    """
+    room = len(json.dumps(metadata, ensure_ascii=False).encode()) + 32 + sum(entries)
+    if room > LARGEST_HEADER:
+        raise ValueError(f"a header of {room:,} bytes is more than readers of safetensors take, {LARGEST_HEADER:,}: "
+                         "write several files")  # fmt: skip
     return -(-room // 8) * 8
+
+
+def entry_room(name: str, shape: tuple[int, ...], data_bytes: int) -> int:
+    """Bytes that suffice for the entry of a tensor, or of one no larger, in a file with so many bytes of data."""
+    name_bytes = len(json.dumps(name, ensure_ascii=False).encode())
+    return name_bytes + len(FRAME) + len(str(shape)) + 2 * len(str(data_bytes))
 
 
 @contextmanager
@@ -197,22 +238,3 @@ def writing(path: str | os.PathLike, header_bytes: int, metadata: dict[str, str]
         writer = TensorWriter(file, header_bytes)
         yield writer
         writer.finish(metadata)
-
-
-@contextmanager
-def appearing_whole(path: str | os.PathLike) -> Iterator:
-    """A binary file open for writing that gets its name once it is complete and on the disk.
-
-    Until then it is a hidden file beside it, `.name.….partial`, which an error removes and a kill leaves behind.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -6,11 +6,11 @@ Every function returns float32 levels, ascending, and derives them; `nf4lab.code
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
 from nf4lab.codebooks import lloyd
+from nf4lab.codebooks.normal import NORMAL
 
 
 def optimal(
@@ -18,7 +18,7 @@ def optimal(
     metric: str = "mse",
     pinned: Sequence[float] | None = None,
     signed: bool = False,
-    density=scipy.stats.norm,
+    density=NORMAL,
     n_levels: int = 16,
 ) -> Tensor:
     """The levels of least expected error for blocks of independent draws of `density`, ascending: float32 (n_levels,).

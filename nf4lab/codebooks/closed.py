@@ -5,15 +5,16 @@ hold each derivation against the published one.
 """
 
 import numpy as np
-import scipy.integrate
-import scipy.optimize
-import scipy.stats
+import scipy
 import torch
 from torch import Tensor
+
+from nf4lab.codebooks.normal import NORMAL
 
 # The outermost probability: half-way between the last midpoints of 15 and of 16 levels. It was published with seven
 # digits, and that rounding is part of the format: without it 12 of the 16 float32 levels come out different.
 TAIL = round((29 / 30 + 31 / 32) / 2, 7)
+FLOAT32 = {"dtype": torch.float32, "device": torch.device("cpu")}  # said each time: torch's defaults can be changed
 
 
 def nf4(tail: float = TAIL) -> Tensor:
@@ -32,7 +33,36 @@ def nf4(tail: float = TAIL) -> Tensor:
     return split_quantiles(tail)
 
 
-def split_quantiles(tail: float = TAIL, n_levels: int = 16, density=scipy.stats.norm) -> Tensor:
+def nf3(tail: float = TAIL) -> Tensor:
+    """The 8 levels of 3-bit NormalFloat, ascending: float32 (8,), from -1 to 1, with 0 at code 3.
+
+    NF4's rule with half of everything, and the same outermost probability: quantiles of the standard normal at 4
+    evenly spaced probabilities above 0.5 and at 3 below, from `tail` inwards, an exact zero between them, all divided
+    by the largest. The tail of NF4 was made for 16 levels; those who published 3 and 2 bits kept it (LQ-LoRA, LoftQ).
+    By the way in which it was made, half-way between the last midpoints of 7 and of 8 levels, it would be 0.9330357.
+
+    >>> nf3()
+    tensor([-1.0000, -0.4786, -0.2171,  0.0000,  0.1609,  0.3379,  0.5626,  1.0000])
+
+    Raises ValueError unless 0.5 < tail < 1. Source: LQ-LoRA (arXiv:2311.12023), section 2.
+    """
+    return split_quantiles(tail, 8)
+
+
+def nf2(tail: float = TAIL) -> Tensor:
+    """The 4 levels of 2-bit NormalFloat, ascending: float32 (4,): -1, 0, a third and 1, nearly.
+
+    NF4's rule for 2 levels above zero and 1 below, with NF4's tail, as `nf3`.
+
+    >>> nf2()
+    tensor([-1.0000,  0.0000,  0.3379,  1.0000])
+
+    Raises ValueError unless 0.5 < tail < 1. Source: LoftQ (arXiv:2310.08659), `create_normal_map`.
+    """
+    return split_quantiles(tail, 4)
+
+
+def split_quantiles(tail: float = TAIL, n_levels: int = 16, density=NORMAL) -> Tensor:
     """NF4's recipe for any symmetric density and number of levels, ascending: float32 (n_levels,), from -1 to 1.
 
     An exact zero, half of the levels above it and the rest below: quantiles at even steps of probability from 0.5 to
@@ -49,13 +79,13 @@ def split_quantiles(tail: float = TAIL, n_levels: int = 16, density=scipy.stats.
         raise ValueError(f"a zero and both ends take 3 levels; got {n_levels}")
     positive = side_quantiles(n_levels // 2, tail, density)
     negative = -side_quantiles((n_levels - 1) // 2, tail, density)
-    levels = torch.cat([negative, torch.zeros(1), positive.flip(0)])
+    levels = torch.cat([negative, torch.zeros(1, **FLOAT32), positive.flip(0)])
     return levels / levels.max()
 
 
-def side_quantiles(n: int, tail: float = TAIL, density=scipy.stats.norm) -> Tensor:
+def side_quantiles(n: int, tail: float = TAIL, density=NORMAL) -> Tensor:
     """Quantiles of `density` at n even steps of probability, from `tail` down to but for 0.5: float32 (n,)."""
-    probabilities = torch.linspace(tail, 0.5, n + 1)[:-1]
+    probabilities = torch.linspace(tail, 0.5, n + 1, **FLOAT32)[:-1]
     return torch.from_numpy(density.ppf(probabilities.numpy())).float()
 
 
@@ -94,7 +124,7 @@ def twos_complement(bits: int = 4) -> Tensor:
     >>> twos_complement(3)
     tensor([-4., -3., -2., -1.,  0.,  1.,  2.,  3.])
     """
-    return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float32)
+    return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), **FLOAT32)
 
 
 def iq4_nl() -> Tensor:
@@ -103,7 +133,7 @@ def iq4_nl() -> Tensor:
     They are llama.cpp's table, and the only one in this file that is copied. A block's extreme goes to -127.
     Source: llama.cpp, `kvalues_iq4nl`, https://github.com/ggml-org/llama.cpp/pull/5590.
     """
-    return torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]).float()
+    return torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], **FLOAT32)
 
 
 def symmetric_int(bits: int = 4) -> Tensor:
@@ -115,15 +145,15 @@ def symmetric_int(bits: int = 4) -> Tensor:
     tensor([-1.0000, -0.6667, -0.3333,  0.0000,  0.3333,  0.6667,  1.0000])
     """
     largest = 2 ** (bits - 1) - 1
-    return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
+    return torch.arange(-largest, largest + 1, **FLOAT32) / largest
 
 
 def uniform(n_levels: int = 16) -> Tensor:
     """Evenly spaced levels from 0 to 1, ascending: float32 (n_levels,); min-max scaling maps a block onto them."""
-    return torch.arange(n_levels, dtype=torch.float32) / (n_levels - 1)
+    return torch.arange(n_levels, **FLOAT32) / (n_levels - 1)
 
 
-def quantile_midpoints(n_levels: int = 16, density=scipy.stats.norm) -> Tensor:
+def quantile_midpoints(n_levels: int = 16, density=NORMAL) -> Tensor:
     """The quantiles of `density` at (i + 0.5)/n, ascending: float32 (n_levels,), in the density's own units.
 
     Each level stands for an equal share of the probability. None of an even number of levels is zero.
@@ -147,7 +177,7 @@ def sf4(nu: float = 5) -> Tensor:
     return torch.from_numpy(np.concatenate([-negative, [0], positive[::-1]]) / positive[0]).float()
 
 
-def cube_root(density=scipy.stats.norm, n_levels: int = 16) -> Tensor:
+def cube_root(density=NORMAL, n_levels: int = 16) -> Tensor:
     """Levels spaced as the cube root of `density`, in its own units, ascending: float32 (n_levels,).
 
     They cut the integral of f^(1/3) into equal parts, and each lies in the middle of its part. With many levels no
@@ -186,14 +216,14 @@ def dynamic_map() -> Tensor:
     """
     decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **FLOAT32)
         midpoints = (edges[:-1] + edges[1:]) / 2
         decades.append(10.0 ** (i - 6) * midpoints)
     positive = torch.cat(decades)
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0], **FLOAT32)]).sort().values
 
 
-def lloyd_max(density=scipy.stats.norm, n_levels: int = 16) -> Tensor:
+def lloyd_max(density=NORMAL, n_levels: int = 16) -> Tensor:
     """The levels of least mean squared error for `density`, ascending: float32 (n_levels,), in its own units.
 
     `density` is a scipy.stats distribution, frozen or not. At the optimum each level is the mean of its cell and

@@ -13,7 +13,8 @@ misses it by a thousandth.
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+
+from nf4lab.codebooks.normal import NORMAL
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 
@@ -32,26 +33,26 @@ class Extremes(NamedTuple):
     share: np.ndarray
 
 
-def absmax_pdf(m, block_size: float = 64, density=scipy.stats.norm) -> np.ndarray:
+def absmax_pdf(m, block_size: float = 64, density=NORMAL) -> np.ndarray:
     """The density of the largest magnitude of `block_size` draws, at m: B (f(m) + f(-m)) (F(m) - F(-m))^(B - 1)."""
     m = np.asarray(m, dtype=np.float64)
     one = density.pdf(m) + density.pdf(-m)
     return np.where(m < 0, 0.0, block_size * one * _all_within(np.abs(m), block_size - 1, density))
 
 
-def absmax_cdf(m, block_size: float = 64, density=scipy.stats.norm) -> np.ndarray:
+def absmax_cdf(m, block_size: float = 64, density=NORMAL) -> np.ndarray:
     """The probability that the largest magnitude of `block_size` draws is at most m: (F(m) - F(-m))^B."""
     m = np.asarray(m, dtype=np.float64)
     return np.where(m < 0, 0.0, _all_within(np.abs(m), block_size, density))
 
 
-def absmax_mean(block_size: float = 64, density=scipy.stats.norm) -> float:
+def absmax_mean(block_size: float = 64, density=NORMAL) -> float:
     """The expected largest magnitude of `block_size` draws."""
     nodes = of_magnitude(block_size, density)
     return float(nodes.probability @ nodes.high)
 
 
-def of_magnitude(block_size: float, density=scipy.stats.norm, breaks=()) -> Extremes:
+def of_magnitude(block_size: float, density=NORMAL, breaks=()) -> Extremes:
     """The one weight of largest magnitude, with its sign: Extremes with k = 1, over m > 0 and both signs.
 
     breaks: magnitudes where what will be integrated jumps; no panel of the quadrature crosses one.
@@ -64,7 +65,7 @@ def of_magnitude(block_size: float, density=scipy.stats.norm, breaks=()) -> Extr
     return _checked(Extremes(probability, element[:, None], -np.abs(element), np.abs(element), share))
 
 
-def of_range(block_size: float, density=scipy.stats.norm) -> Extremes:
+def of_range(block_size: float, density=NORMAL) -> Extremes:
     """The least and the greatest weight of a block: Extremes with k = 2.
 
     Their joint density is B (B - 1) f(a) f(c) (F(c) - F(a))^(B - 2) for a < c.
@@ -82,7 +83,7 @@ def of_range(block_size: float, density=scipy.stats.norm) -> Extremes:
     return _checked(Extremes(probability, np.stack([a, c], axis=1), a, c, 1 - outside))
 
 
-def magnitude_edges(block_size: float, density=scipy.stats.norm, breaks=()) -> np.ndarray:
+def magnitude_edges(block_size: float, density=NORMAL, breaks=()) -> np.ndarray:
     """The ends of panels that cover the largest magnitude of a block: float64, ascending from 0.
 
     Beyond the last, neither a probability nor a part of the variance is left that matters.

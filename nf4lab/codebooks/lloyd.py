@@ -12,11 +12,10 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import scipy.interpolate
-import scipy.optimize
-import scipy.stats
+import scipy
 
 from nf4lab.codebooks import extremes
+from nf4lab.codebooks.normal import NORMAL
 
 POWER = {"mse": 2, "mae": 1}
 GRID = np.sinh(np.linspace(-5, 5, 801)) / np.sinh(5)  # -1 to 1, dense about zero, where heavy tails have their peak
@@ -38,7 +37,7 @@ class Spread(NamedTuple):
     smooth: bool = True
 
 
-def of_density(block_size: float, power: int, signed: bool, density=scipy.stats.norm) -> Spread:
+def of_density(block_size: float, power: int, signed: bool, density=NORMAL) -> Spread:
     """Weights of `density` over their block's absmax (signed: over its extreme), counted |scale|^power times.
 
     Given the extreme s, the others have density f(u s) |s| / P(|x| < |s|) at u = x / s, for -1 < u < 1.

@@ -1,8 +1,9 @@
-"""`python -m nf4lab compare FILE`: the league of 4-bit formats on one's own weights."""
+"""`nf4lab compare FILE`: the league of 4-bit formats on one's own weights."""
 
 import argparse
 import csv
 import fnmatch
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from nf4lab import league
 from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.files import opened
-from nf4lab.checkpoints.tensorfile import TensorFile
+from nf4lab.checkpoints.tensorfile import Entry, TensorFile
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
            "bits_per_weight", "mse", "mae", "relative_mse", "sqnr_db")  # fmt: skip
@@ -25,16 +26,17 @@ def add_to(subparsers) -> None:
         help="the league of 4-bit formats on a checkpoint's matrices",
         description="Quantize every matrix of a safetensors checkpoint in every 4-bit format at equal bits, and rank "
         "them by the mean signal-to-quantization-noise ratio. Nothing is written unless --csv or --plot asks for it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="A PATTERN is a shell's, of names; * matches dots too. --bits and --include can be given again.",
     )
     parser.add_argument("source", metavar="FILE", help="a safetensors file; or an index of shards or its folder")
-    parser.add_argument("--bits", nargs="+", type=float, choices=league.BUDGETS, default=league.BUDGETS,
-                        help="bits a weight to compare at, constants counted")  # fmt: skip
-    parser.add_argument("--include", nargs="+", default=["*"], metavar="PATTERN", help="names to compare")
+    parser.add_argument("--bits", action="append", type=float, choices=league.BUDGETS, help="bits a weight to compare "
+                        "at, constants counted; by default all of these")  # fmt: skip
+    parser.add_argument("--include", action="append", metavar="PATTERN", help="names to compare; by default all")
     parser.add_argument("--most", type=int, metavar="N", help="of a matrix with more weights than N, take evenly "
                         "spaced rows with about N; by default all")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="OUT", help="write one line for each matrix and entry")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the table: .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
@@ -42,20 +44,14 @@ def add_to(subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Play the league, print the table, write what was asked for."""
     _check_outputs(options)
-    lineup = league.entries(dict.fromkeys(options.bits))
+    lineup = league.entries(dict.fromkeys(options.bits or league.BUDGETS))
     with opened(options.source) as files:
-        chosen = {name: file for file in files for name in file.entries if _takes_part(file, name, options.include)}
-        if not chosen:
-            raise ValueError(
-                f"{options.source} has no floating-point matrix of {league.LEAST_WEIGHTS:,} weights or more "
-                f"that matches {' or '.join(options.include)}: nothing to compare"
-            )
-        zeros = []
+        chosen, zeros = _chosen(options.source, files, options.include or ["*"]), []
         with _progress_bar(chosen, options, len(lineup)) as bar:
             scores = league.play(_matrices(chosen, options.most, zeros, bar), lineup, bar.update)
     if not scores:
         raise ValueError(f"{options.source}: every matrix that was compared is all zeros")
-    _print(league.standings(scores), scores, zeros)
+    (_print_json if options.json else _print)(league.standings(scores), scores, zeros)
     if options.csv:
         _write_csv(options.csv, scores)
     if options.plot:
@@ -76,10 +72,20 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{path.parent} is no folder to write {path.name} to; nothing was compared")
 
 
-def _takes_part(file: TensorFile, name: str, include: list[str]) -> bool:
-    entry = file.entries[name]
-    is_matrix = len(entry.shape) >= 2 and entry.dtype in DTYPES and math.prod(entry.shape) >= league.LEAST_WEIGHTS
-    return is_matrix and any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+def _chosen(source: str, files: list[TensorFile], include: list[str]) -> dict[str, TensorFile]:
+    """The matrices to compare, each with its file. Raises ValueError for a pattern that matches none."""
+    matrices = {name: file for file in files for name, entry in file.entries.items() if _is_matrix(entry)}
+    for pattern in include:
+        if not fnmatch.filter(matrices, pattern):
+            raise ValueError(
+                f"{source} has no floating-point matrix of {league.LEAST_WEIGHTS:,} weights or more "
+                f"that matches {pattern}: nothing to compare"
+            )
+    return {name: file for name, file in matrices.items() if any(fnmatch.fnmatchcase(name, p) for p in include)}
+
+
+def _is_matrix(entry: Entry) -> bool:
+    return len(entry.shape) >= 2 and entry.dtype in DTYPES and math.prod(entry.shape) >= league.LEAST_WEIGHTS
 
 
 def _matrices(chosen: dict[str, TensorFile], most: int | None, zeros: list[str], bar) -> Iterator[tuple[str, Tensor]]:
@@ -137,6 +143,20 @@ def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
     )
     if zeros:
         console.print(f"left out, all zeros: {', '.join(zeros)}", markup=False, soft_wrap=True)
+
+
+def _print_json(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
+    """The standings as JSON: for each format and way to store constants the decibels and wins by budget."""
+    rows = [
+        {
+            "format": name,
+            "constants": storage,
+            "budgets": {str(budget): {"sqnr_db": mean, "won": wins} for budget, (mean, wins) in row.items()},
+        }
+        for (name, storage), row in table.items()
+    ]
+    weights = {score.tensor: score.numel for score in scores}
+    print(json.dumps({"standings": rows, "weights": weights, "all_zeros": zeros}, indent=1))
 
 
 def _cell(decibels: float, best: float) -> str:

@@ -38,6 +38,8 @@ def _row(name: str, levels: Callable[[], Tensor], *rest, **named) -> tuple[str, 
 
 FORMATS = _Table([
     _row("nf4", codebooks.nf4),
+    _row("nf3", codebooks.nf3),
+    _row("nf2", codebooks.nf2),
     _row("fp4", codebooks.fp4),
     _row("int4", codebooks.symmetric_int),
     _row("uniform", codebooks.uniform, min_max),
@@ -55,6 +57,9 @@ FORMATS = _Table([
          ties="up", exact_codes=True),
     _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, extreme=-127, block_size=32),
 ])  # fmt: skip
+
+# Codebooks that are made for the block size that they are used at; the rows have them for 64.
+FOR_BLOCK_SIZE = {"af4": codebooks.af4, "bof4": codebooks.bof4, "bof4-s": codebooks.bof4_s}
 
 
 def as_format(format: str | Format) -> Format:

@@ -1,0 +1,144 @@
+"""What transformers makes of a folder: its model, without weights, and the module that each tensor of the file goes to.
+
+Where transformers is installed and knows the architecture, the model itself says what is a linear layer, what is stored
+transposed, what is tied and what is kept in float32. Where it does not, names must do, and what names can't tell is
+refused.
+"""
+
+import bisect
+import logging
+import re
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from nf4lab.choice import FUSED_EXPERTS, Candidate, candidates, candidates_by_name
+
+# Models whose linear layers are Conv1D, which stores its weight transposed; no name tells them.
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+# Heads that a class of transformers may add to what a folder holds: new layers, which no file can have in 4 bits.
+NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+CONVERTED = "transformers makes another tensor of it when it loads"
+
+
+class Architecture(NamedTuple):
+    """candidates: the matrices of a file, named by its keys. modules: the module of transformers' model by key.
+
+    linear: the names of all layers that transformers would quantize or skip. known: whether transformers told.
+    """
+
+    candidates: list[Candidate]
+    modules: dict[str, str]
+    linear: list[str]
+    known: bool
+
+
+def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[int, ...]]) -> Architecture:
+    """The judgement of a folder's tensors, by names and shapes: those of floating point with two dimensions or more.
+
+    Raises ValueError where the model's type is known to store matrices transposed and transformers can't be asked.
+    """
+    model = None if config is None else model_of(folder, config)
+    if model is not None:
+        return _by_model(model, shapes)
+    if config is not None and config.get("model_type") in CONV1D:
+        raise ValueError(
+            f"{folder.name}: a {config['model_type']} stores its matrices transposed, and transformers, "
+            "which knows which of them, is not installed or does not know this model"
+        )
+    found = candidates_by_name(shapes)
+    modules = {c.names[0]: c.names[0].removesuffix(".weight") for c in found}
+    return Architecture(found, modules, list(modules.values()), known=False)
+
+
+def model_of(folder: Path, config: dict) -> nn.Module | None:
+    """transformers' model for a config.json, on the meta device; None where it is not installed or knows none."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    with quiet():
+        try:
+            values = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
+            with torch.device("meta"):
+                if model_class is not None:
+                    return model_class._from_config(values)
+                return transformers.AutoModel.from_config(values, trust_remote_code=False)
+        except Exception as error:  # whatever a class does with values that it does not expect
+            logging.getLogger(__name__).debug("transformers makes no model of %s: %s", folder, error)
+            return None
+
+
+@contextmanager
+def quiet():
+    """No remarks of transformers while it makes a model that nobody asked it for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _by_model(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architecture:
+    judged = candidates(model)
+    by_name = {name: c for c in judged for name in c.names}
+    found, modules = [], {}
+    for key, (place, converted) in _places(model, shapes).items():
+        known = by_name.get(place) or by_name.get(place.removesuffix(".weight"))
+        numel = torch.Size(shapes[key]).numel()
+        if converted:
+            found.append(Candidate((key,), "linear" if len(shapes[key]) == 2 else "experts", numel, CONVERTED))
+        elif known is None:
+            found.append(Candidate((key,), "other", numel, "transformers has no place for it", always=True))
+        else:
+            stays = FUSED_EXPERTS if known.kind == "experts" else known.stays
+            found.append(replace(known, names=(key,), stays=stays, module=None))
+            modules[key] = place.removesuffix(".weight")
+    linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
+    return Architecture(found, modules, linear, known=True)
+
+
+def _places(model: nn.Module, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Where each key of a file goes in a model: (the parameter's name, whether it is converted on the way)."""
+    from transformers import conversion_mapping, core_model_loading
+
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    places = {}
+    for key in keys:
+        place, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
+        if place not in state and key in state:
+            place, pattern = key, None
+        places[key] = (place, pattern is not None)
+    return places
+
+
+def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:
+    """transformers' list of modules to skip, such that it replaces the quantized ones among `linear` and no other.
+
+    A name skips every module that ends in it too; where that would be a quantized one, the name stands anchored.
+    """
+    names = [name for name in linear if name not in quantized]
+    forward, backward = sorted(quantized), sorted(name[::-1] for name in quantized)
+
+    def would_skip(name: str) -> bool:
+        starts, ends = _first_from(forward, name), _first_from(backward, name[::-1])
+        return starts == name or _first_from(forward, f"{name}.").startswith(f"{name}.") or ends.startswith(name[::-1])
+
+    listed = [f"^{re.escape(name)}$" if would_skip(name) else name for name in names]
+    return sorted({*listed, *(head for head in NEW_HEADS if not would_skip(head))})
+
+
+def _first_from(ordered: list[str], start: str) -> str:
+    """The first of ordered strings that is not before `start`; empty where there is none."""
+    at = bisect.bisect_left(ordered, start)
+    return ordered[at] if at < len(ordered) else ""

@@ -1,0 +1,116 @@
+"""A model's folder beside its weights: its configuration, what other files go along, and what is quantized already."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, NF4LAB_STATE
+from nf4lab.formats import Format
+from nf4lab.formats.double_quant import DoubleQuant
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data")
+NOT_COPIED = (*WEIGHTS, "*.index.json")
+CONFIGS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
+# What stands at the end of the keys of quantized tensors, and who writes it so.
+MARKS = {
+    NF4LAB_STATE: "nf4lab",
+    **{suffix: f"bitsandbytes ({name})" for suffix, name in BITSANDBYTES_STATES.items()},
+    ".SCB": "bitsandbytes (int8)",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8",
+    "_blocks": "MXFP4",
+}
+
+
+def read_config(folder: Path) -> dict | None:
+    """The config.json of a folder; None without one. Raises ValueError, with its name, where it is no JSON object."""
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a JSON object; got {values!r:.80}")
+    return values
+
+
+def check_not_quantized(source: Path, config: dict | None, dtypes: dict[str, str]) -> None:
+    """Raise ValueError, naming the method, where a file or a folder is quantized already. dtypes: of tensors by key."""
+    method = _method_of(config or {}) or next((how for file, how in CONFIGS.items() if (source / file).exists()), None)
+    at = ""
+    for key, dtype in dtypes.items() if method is None else ():
+        method = next((how for end, how in MARKS.items() if key.endswith(end)), None)
+        method = "FP8" if method is None and dtype.startswith("float8") and key.endswith("weight") else method
+        if method is not None and not (method == "MXFP4" and f"{key.removesuffix('_blocks')}_scales" not in dtypes):
+            at = f" (tensor {key!r})"
+            break
+        method = None
+    if method is not None:
+        raise ValueError(f"{source} is quantized already, by {method}{at}: quantize the original instead")
+
+
+def _method_of(config: dict) -> str | None:
+    """The quantization method that a configuration, or a part of it, names."""
+    for key in ("quantization_config", "compression_config"):
+        values = config.get(key)
+        if isinstance(values, dict) and values:
+            bits = ", 8 bits" if values.get("load_in_8bit") else ", 4 bits" if values.get("load_in_4bit") else ""
+            return f"{values.get('quant_method') or values.get('quant_type') or 'a method that it does not name'}{bits}"
+    parts = (_method_of(part) for key, part in config.items() if isinstance(part, dict) and key.endswith("_config"))
+    return next(filter(None, parts), None)
+
+
+def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
+    """Copy what is no weight: configurations, tokenizers, licences, subfolders. Returns what was left out, by name.
+
+    weights: the files that the model was read from, which are not counted as left out.
+
+    Hidden files stay behind. In a subfolder that a modules.json lists, a part of a sentence-transformers model, weights
+    go along; in any other they are the same model in another form.
+    """
+    parts = _listed_modules(source)
+    left_out = []
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
+            continue
+        if inside.parent.as_posix() not in parts and any(fnmatchcase(path.name, p) for p in NOT_COPIED):
+            left_out += [] if inside.as_posix() in weights else [inside.as_posix()]
+            continue
+        (target / inside.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / inside)
+    return left_out
+
+
+def _listed_modules(source: Path) -> set[str]:
+    """The subfolders that a modules.json of sentence-transformers lists."""
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return {module["path"] for module in modules if module["path"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def quantization_config(format: Format, double_quant: bool | DoubleQuant, skip: Iterable[str], ours: str) -> dict:
+    """What config.json says of the quantization: in transformers' words, or in nf4lab's where `ours` gives a reason."""
+    if ours:
+        return {"quant_method": "nf4lab", "format": format.name, "reason": ours}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": format.name,
+        "bnb_4bit_use_double_quant": bool(double_quant),
+        "llm_int8_skip_modules": list(skip),
+    }
+
+
+def write_config(folder: Path, config: dict, quantization: dict) -> None:
+    """Write config.json with what it is to say of the quantization."""
+    text = json.dumps(config | {"quantization_config": quantization}, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")

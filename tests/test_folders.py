@@ -1,0 +1,368 @@
+"""Folders that users have, through the conversion: what transformers makes of the result, and what is refused."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import nf4lab
+from nf4lab.checkpoints import architecture, convert, plan
+from nf4lab.checkpoints.keys import parts_of
+from nf4lab.choice import skips
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from architectures import ARCHITECTURES, make, outputs  # noqa: E402
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """A function from an architecture's name to (the folder it is saved in, the model)."""
+
+    def save(name):
+        model = make(name)
+        model.save_pretrained(tmp_path / "in")
+        return tmp_path / "in", model
+
+    return save
+
+
+def by_bitsandbytes(model, folder):
+    """The model that transformers makes of a full-precision folder with bitsandbytes."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return type(model).from_pretrained(folder, quantization_config=config)
+
+
+# Where most of a model is fused experts, of which transformers reads no 4-bit file, a warning says so.
+@pytest.mark.filterwarnings("ignore:.*of the weights stay")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_converted_folder_answers_as_bitsandbytes_own(bitsandbytes, folder_of, tmp_path, name):
+    folder, model = folder_of(name)
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    ours, theirs = type(model).from_pretrained(tmp_path / "out"), by_bitsandbytes(model, folder)
+    assert torch.equal(outputs(ours), outputs(theirs))
+    assert not torch.equal(outputs(ours), outputs(model))
+    four_bit = {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert counts["quantized"] == len(four_bit)
+    skip = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    for linear in four_bit:
+        assert not skips(skip, linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "include", "exclude"),
+    [
+        ("Llama", "*", ["*down_proj*"]),
+        ("Llama", "*", ["model.layers.1.*"]),
+        ("Llama", ["*q_proj*", "*lm_head*"], []),
+        ("GPT-2", "*", ["*c_proj*"]),
+        ("T5", ["*SelfAttention*"], []),
+        ("Llama classifier", ["*", "*score*"], []),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*of the weights stay")
+def test_what_patterns_leave_out_is_skipped_by_transformers(bitsandbytes, folder_of, tmp_path, name, include, exclude):
+    folder, model = folder_of(name)
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out", include=include, exclude=exclude)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    four_bit = {n for n, m in loaded.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert 0 < counts["quantized"] == len(four_bit)
+    for n, w in nf4lab.load_quantized(tmp_path / "out").items():
+        assert isinstance(w, nf4lab.QuantizedTensor) == (n.removesuffix(".weight") in four_bit)
+    if name != "Llama classifier":  # bitsandbytes' kernel for the CPU does not take a head of 3
+        assert torch.isfinite(outputs(loaded)).all()
+
+
+@pytest.mark.parametrize("extra", ["BertForSequenceClassification", "BertForQuestionAnswering"])
+def test_a_class_with_a_head_of_its_own_opens_a_folder_that_lacks_it(folder_of, tmp_path, extra):
+    folder, _ = folder_of("MiniLM")
+    nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    model = getattr(transformers, extra).from_pretrained(tmp_path / "out")
+    head = model.classifier if hasattr(model, "classifier") else model.qa_outputs
+    assert type(head) is torch.nn.Linear and torch.isfinite(head.weight).all()
+
+
+def test_a_name_that_would_skip_a_quantized_layer_stands_anchored():
+    linear = ["score", "layer.1.score", "layer.1", "layer.1.mlp", "a.fc"]
+    skip = architecture.skip_modules(linear, {"layer.1.score", "layer.1.mlp"})
+    assert {name for name in linear if skips(skip, name)} == {"score", "layer.1", "a.fc"}
+    assert "a.fc" in skip and "^score$" in skip and "lm_head" in skip
+
+
+def test_experts_named_are_quantized_and_the_folder_says_that_it_is_nf4labs_own(folder_of, tmp_path):
+    folder, _ = folder_of("Mixtral")
+    with pytest.warns(UserWarning, match="90% of the weights stay as they are: .*experts"):
+        default = nf4lab.quantize_checkpoint(folder, tmp_path / "default")
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out", include=["*", "*experts*"])
+    assert default["quantized"] == 8 and counts["quantized"] == 8 + 2 * 4 * 3 and counts["kept_share"] < 0.1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "nf4lab" and "reads no 4-bit" in config["reason"]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"format": "int4"}, "bitsandbytes has no word for this format"),
+        ({"block_size": 16}, "bitsandbytes takes blocks of 32 and more, not 16"),
+        ({"double_quant": "linear8"}, "bitsandbytes has no word for this format or its constants"),
+        ({"include": ["*", "*embed_tokens*"]}, "transformers reads no 4-bit model.embed_tokens.weight: embedding"),
+    ],
+)
+def test_what_transformers_cannot_read_is_not_announced_as_bitsandbytes(folder_of, tmp_path, how, reason):
+    folder, _ = folder_of("Llama")
+    nf4lab.quantize_checkpoint(folder, tmp_path / "out", **how)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "nf4lab" and config["reason"].startswith(reason)
+
+
+def test_without_transformers_names_tell_and_transposed_models_are_refused(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(architecture, "model_of", lambda folder, config: None)
+    folder, model = folder_of("Llama")
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert counts["quantized"] == 14
+    assert counts["kept"] == {"lm_head.weight": "output head", "model.embed_tokens.weight": "embedding"}
+    assert outputs(type(model).from_pretrained(tmp_path / "out")).isfinite().all()
+    make("GPT-2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="gpt2: a gpt2 stores its matrices transposed"):
+        nf4lab.quantize_checkpoint(tmp_path / "gpt2", tmp_path / "gpt2-out")
+
+
+# --- what is quantized already
+
+
+def quantized_folders(folder, out):
+    """Folders that are quantized already, by a word of the message that refuses them."""
+    nf4lab.quantize_checkpoint(folder, out / "nf4")
+    nf4lab.quantize_checkpoint(folder, out / "int4", "int4")
+    for name, method in {"fp8": {"quant_method": "fp8"}, "int8": {"load_in_8bit": True, "quant_method": "bitsandbytes"},
+                         "gptq": {"quant_method": "gptq", "bits": 4}}.items():  # fmt: skip
+        shutil.copytree(folder, out / name)
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": method}
+        (out / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder, out / "awq")
+    (out / "awq" / "quant_config.json").write_text("{}")
+    shutil.copytree(folder, out / "text")
+    (out / "text" / "config.json").write_text(
+        json.dumps({"text_config": {"quantization_config": {"quant_method": "x"}}})
+    )
+    return {"nf4": "bitsandbytes, 4 bits", "int4": "nf4lab", "fp8": "fp8", "int8": "bitsandbytes, 8 bits",
+            "gptq": "gptq", "awq": "AWQ", "text": "x"}  # fmt: skip
+
+
+def test_a_folder_that_is_quantized_already_is_refused_with_its_method(folder_of, tmp_path):
+    folder, _ = folder_of("Llama")
+    for name, method in quantized_folders(folder, tmp_path).items():
+        with pytest.raises(ValueError, match=f"{name} is quantized already, by {method}"):
+            nf4lab.quantize_checkpoint(tmp_path / name, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "method"),
+    [
+        (lambda w: parts_of("a.weight", nf4lab.quantize(w)), r"bitsandbytes \(nf4\)"),
+        (lambda w: parts_of("a.weight", nf4lab.quantize(w, "int4")), "nf4lab"),
+        (lambda w: {"a.weight": w.char(), "a.SCB": torch.ones(64)}, r"bitsandbytes \(int8\)"),
+        (lambda w: {"a.qweight": w.int(), "a.scales": torch.ones(4, 64)}, "GPTQ or AWQ"),
+        (lambda w: {"a.weight": w.to(torch.float8_e4m3fn)}, "FP8"),
+        (lambda w: {"a.weight": w.bfloat16(), "a.weight_scale_inv": torch.ones(1, 1)}, "FP8"),
+        (lambda w: {"a.gate_blocks": w.byte(), "a.gate_scales": torch.ones(1, 1)}, "MXFP4"),
+    ],
+)
+def test_a_file_that_is_quantized_already_is_refused_with_its_method(tmp_path, tensors, method):
+    others = {"b.weight": torch.randn(64, 64)}
+    safetensors.torch.save_file(tensors(torch.randn(64, 64)) | others, tmp_path / "in.safetensors")
+    with pytest.raises(ValueError, match=rf"is quantized already, by {method} \(tensor 'a"):
+        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(folder_of, tmp_path):
+    folder, _ = folder_of("Llama")
+    for how in ({"include": ["*q_porj*"]}, {"exclude": ["*", "*q_porj*"]}):
+        with pytest.raises(ValueError, match=r"'\*q_porj\*' matches none of the 16 tensors \(lm_head.weight"):
+            nf4lab.quantize_checkpoint(folder, tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+# --- the rest of a folder
+
+
+def test_subfolders_go_along_and_a_sentence_encoder_opens(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from nf4lab import models
+
+    source = models.minilm_path().parent
+    if not (source / "1_Pooling").exists():
+        pytest.skip("all-MiniLM-L6-v2 is here as a file alone")
+    shutil.copytree(source, tmp_path / "in")
+    (tmp_path / "in" / "onnx").mkdir()
+    (tmp_path / "in" / "onnx" / "model.onnx").write_bytes(b"x")
+    (tmp_path / "in" / "onnx" / "readme.txt").write_text("how it was made")
+    counts = nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", exclude="*embeddings*")
+    assert counts["left_out"] == ["onnx/model.onnx"]
+    assert (tmp_path / "out" / "onnx" / "readme.txt").exists()
+    encoder, original = (
+        sentence_transformers.SentenceTransformer(str(tmp_path / f), device="cpu") for f in ("out", "in")
+    )
+    a, b = (model.encode(["a sentence about four bits"])[0] for model in (encoder, original))
+    assert 0.97 < a @ b < 1
+
+
+def test_weights_of_a_part_that_modules_json_lists_go_along(folder_of, tmp_path):
+    folder, _ = folder_of("MiniLM")
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    for name in ("2_Dense", "openvino", ".cache"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"weights")
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
+    assert counts["left_out"] == ["openvino/model.safetensors"]
+    assert not (tmp_path / "out" / ".cache").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": "\\ud800'])
+def test_a_bad_configuration_is_found_before_anything_is_written(folder_of, tmp_path, monkeypatch, text):
+    folder, _ = folder_of("Llama")
+    (folder / "config.json").write_text(text)
+    monkeypatch.setattr(convert, "write_shard", lambda *a, **k: pytest.fail("a shard was written"))
+    with pytest.raises(ValueError, match=r"in/config\.json (is not JSON|must be a JSON object)"):
+        nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# --- scale
+
+
+def test_shards_of_a_size_on_request_hold_the_same_bytes(folder_of, tmp_path):
+    folder, _ = folder_of("Llama")
+    nf4lab.quantize_checkpoint(folder, tmp_path / "one", double_quant=True)
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "many", double_quant=True, max_shard_size="40KB")
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    sizes = [sum(t.nbytes for t in safetensors.torch.load_file(path).values()) for path in shards]
+    assert len(shards) > 2 and max(sizes) <= 40_000 and sum(sizes) == counts["bytes_after"]
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    one = safetensors.torch.load_file(tmp_path / "one" / "model.safetensors")
+    many = {name: t for path in shards for name, t in safetensors.torch.load_file(path).items()}
+    assert sorted(one) == sorted(many) and all(torch.equal(one[name], many[name]) for name in one)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    assert outputs(loaded).isfinite().all()
+
+
+def test_one_file_becomes_a_folder_of_shards_on_request(tmp_path):
+    tensors = {f"{k}.weight": torch.randn(64, 64) for k in range(8)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "out", max_shard_size=10_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert sorted(nf4lab.load_quantized(tmp_path / "out")) == sorted(tensors)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(5, 5), ("5", 5), ("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), (None, None)]
+)
+def test_sizes_are_read_as_people_write_them(size, expected):
+    assert plan.bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5 XB", "1e9"])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="a size is a number of bytes, or as 5GB or 500MiB; got"):
+        plan.bytes_of(size)
+
+
+def many_tensors(path, n):
+    tensors = {f"model.layers.{k}.mlp.experts.{k % 128}.gate_proj.weight": torch.ones(2, 32) for k in range(n)}
+    safetensors.torch.save_file(tensors, path)
+
+
+def test_a_header_is_barely_larger_than_what_it_says(tmp_path):
+    many_tensors(tmp_path / "in.safetensors", 500)
+    nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors", double_quant=True)
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    room = int.from_bytes(raw[:8], "little")
+    written = len(raw[8 : 8 + room].rstrip())
+    assert written > 0.8 * room
+
+
+def test_where_a_header_gets_too_long_a_folder_is_split_and_a_file_is_refused(folder_of, tmp_path, monkeypatch):
+    folder, _ = folder_of("Llama")
+    monkeypatch.setattr(plan, "HEADER", 4_000)
+    nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert (
+        len(shards) > 1
+        and outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")).isfinite().all()
+    )
+    for path in shards:
+        assert int.from_bytes(path.read_bytes()[:8], "little") < 6_000
+    monkeypatch.setattr("nf4lab.checkpoints.tensorfile.LARGEST_HEADER", 20_000)
+    many_tensors(tmp_path / "in.safetensors", 100)
+    with pytest.raises(ValueError, match="more than readers of safetensors take, 20,000: write several files"):
+        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+
+
+def test_names_are_sorted_out_in_linear_time():
+    from nf4lab.checkpoints.files import stored_tensors
+
+    def seconds(n):
+        keys = [f"{k}.weight{end}" for k in range(n) for end in ("", ".absmax", ".quant_map", ".quant_state.nf4lab")]
+        start = time.process_time()
+        assert len(stored_tensors(keys)) == n
+        return time.process_time() - start
+
+    few, many = min(seconds(1_000) for _ in range(3)), min(seconds(16_000) for _ in range(3))
+    assert many < 16 * few * 4  # quadratic time would make it 16 times more
+
+
+# --- Dask
+
+
+def test_a_cluster_writes_the_same_bytes_and_survives_a_worker(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    torch.manual_seed(0)
+    tensors = {f"{k}.weight": torch.randn(128, 128) for k in range(12)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    how = {"double_quant": True, "max_shard_size": 30_000}
+    nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "here", **how)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            client.submit(os._exit, 1, pure=False)  # a worker dies; the other goes on, and a nanny starts a third
+        nf4lab.quantize_checkpoint(
+            tmp_path / "in.safetensors", tmp_path / "there", scheduler=cluster.scheduler_address, **how
+        )
+    here, there = (sorted((tmp_path / name).iterdir()) for name in ("here", "there"))
+    assert [path.name for path in here] == [path.name for path in there] and len(here) > 3
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(here, there, strict=True))
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(convert, "CONNECT", 1)
+    safetensors.torch.save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
+        nf4lab.quantize_checkpoint(
+            tmp_path / "in.safetensors", tmp_path / "out", max_shard_size="1GB", scheduler="tcp://127.0.0.1:9"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    safetensors.torch.save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match="device 'cuda': "):
+        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors", device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+def test_on_a_gpu_the_file_has_the_same_bytes(tmp_path):
+    torch.manual_seed(0)
+    tensors = {"a.weight": torch.randn(256, 512), "b.weight": torch.randn(64, 64).bfloat16()}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    for device in ("cpu", "cuda"):
+        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / device, double_quant=True, device=device)
+    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
