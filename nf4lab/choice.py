@@ -150,13 +150,10 @@ def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[tuple[str, ...], s
     The rule is `get_keys_to_not_convert`'s: tied weights, the output embeddings, the last parameter's module; then the
     modules that the model keeps in float32; or, where the configuration has a list of its own, that list instead.
     """
-    seen: list[str] = []
-    for prefix, module in model.named_modules():
-        if not hasattr(type(module), "get_output_embeddings") or any(prefix.startswith(s) for s in seen):
-            continue
+    for prefix, module in transformers_models(model):
         dot = f"{prefix}." if prefix else ""
-        seen.append(dot)
-        listed = skip_list(getattr(module, "config", None))
+        is_quantized = any(hasattr(type(part), "quantized") for part in module.modules())  # then the list tells of that
+        listed = None if is_quantized else skip_list(getattr(module, "config", None))
         if listed is None:
             tied = getattr(module, "all_tied_weights_keys", None) or {}
             yield _under(dot, {*tied, *tied.values()}), "tied weight"
@@ -167,6 +164,16 @@ def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[tuple[str, ...], s
             yield _under(dot, listed, anywhere=True), "skip list"
         kept = getattr(module, "_keep_in_fp32_modules", None) or ()
         yield _under(dot, kept, anywhere=True), "kept in float32"
+
+
+def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, model) of each model of transformers in `model`, or itself, that is not part of another."""
+    outer: list[str] = []
+    for prefix, module in model.named_modules():
+        inside = any(prefix.startswith(f"{name}." if name else "") for name in outer)
+        if hasattr(type(module), "get_output_embeddings") and not inside:
+            outer.append(prefix)
+            yield prefix, module
 
 
 def _under(prefix: str, keys: Collection[str], anywhere: bool = False) -> tuple[str, ...]:

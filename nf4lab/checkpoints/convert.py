@@ -11,8 +11,15 @@ import torch
 from nf4lab.blockwise import DTYPES, quantize
 from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, skip_modules
 from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
-from nf4lab.checkpoints.folder import check_not_quantized, copy_others, quantization_config, read_config, write_config
-from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, parts_of
+from nf4lab.checkpoints.folder import (
+    check_not_quantized,
+    copy_others,
+    not_for_bitsandbytes,
+    quantization_config,
+    read_config,
+    write_config,
+)
+from nf4lab.checkpoints.keys import parts_of
 from nf4lab.checkpoints.partial import folder_appearing_whole, leftovers, remove
 from nf4lab.checkpoints.plan import How, Shard, bytes_of, plan
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile, writing
@@ -172,12 +179,8 @@ def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How) -> di
     """The quantization_config: transformers' where it can read what is written, else nf4lab's with the reason."""
     quantized = {judged.modules[key] for c in chosen for key in c.names if key in judged.modules}
     beyond = next((c for c in chosen if c.kind not in ("linear", "conv1d") or c.stays == CONVERTED), None)
-    ours = ""
-    if how.format.name not in BITSANDBYTES_STATES.values() or how.double_quant not in (False, DoubleQuant()):
-        ours = "bitsandbytes has no word for this format or its constants"
-    elif how.block_size < 32:
-        ours = f"bitsandbytes takes blocks of 32 and more, not {how.block_size}"
-    elif beyond is not None:
+    ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant)
+    if not ours and beyond is not None:
         ours = f"transformers reads no 4-bit {beyond.names[0]}: {beyond.stays or beyond.kind}"
     return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours)
 

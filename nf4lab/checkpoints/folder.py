@@ -97,6 +97,13 @@ def _listed_modules(source: Path) -> set[str]:
         return set()
 
 
+def not_for_bitsandbytes(format: Format, block_size: int, double_quant: bool | DoubleQuant) -> str:
+    """Why bitsandbytes can't read a tensor that is quantized so; empty where it can."""
+    if format.name not in BITSANDBYTES_STATES.values() or double_quant not in (False, DoubleQuant()):
+        return "bitsandbytes has no word for this format or its constants"
+    return "" if block_size >= 32 else f"bitsandbytes takes blocks of 32 and more, not {block_size}"
+
+
 def quantization_config(format: Format, double_quant: bool | DoubleQuant, skip: Iterable[str], ours: str) -> dict:
     """What config.json says of the quantization: in transformers' words, or in nf4lab's where `ours` gives a reason."""
     if ours:

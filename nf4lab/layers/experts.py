@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.checkpoints.keys import parts_of
+from nf4lab.formats.double_quant import decoded
 from nf4lab.layers.stored import Stored4bit
 
 
@@ -49,16 +49,14 @@ class Experts4bit(Stored4bit):
 
     def _expert(self, index: int) -> Tensor:
         q = self.quantized
-        size = math.prod(q.shape[1:])
-        if size % q.block_size or not -q.shape[0] <= index < q.shape[0]:
+        n, size = q.shape[0], math.prod(q.shape[1:])
+        if size % q.block_size or not -n <= index < n:
             return self.weight[index]
-        blocks = slice(index % q.shape[0] * size // q.block_size, (index % q.shape[0] + 1) * size // q.block_size)
-        width = q.packed.numel() // q.shape[0]  # bytes of an expert
-        location = None if q.location is None else q.location[blocks]
-        part = replace(
-            q, packed=q.packed[index % q.shape[0] * width :][:width], stored_scale=q.scale[blocks],
-            stored_location=location, shape=q.shape[1:],
-        )  # fmt: skip
+        blocks = slice(index % n * size // q.block_size, (index % n + 1) * size // q.block_size)
+        width = q.packed.numel() // n  # bytes of an expert
+        scale, location = (None if c is None else decoded(c)[blocks] for c in (q.stored_scale, q.stored_location))
+        packed = q.packed[index % n * width :][:width]
+        part = replace(q, packed=packed, stored_scale=scale, stored_location=location, shape=q.shape[1:])
         return part.dequantize()
 
     def __len__(self) -> int:
@@ -84,10 +82,9 @@ class Experts4bit(Stored4bit):
         named = {k: a.weight if isinstance(a, Experts4bit) else a for k, a in (kwargs or {}).items()}
         return function(*decoded, **named)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """As bitsandbytes: the packed bytes under the parameter's own name."""
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        destination.update(parts_of(prefix.removesuffix("."), self.quantized))
+    def _key(self, prefix: str) -> str:
+        """As bitsandbytes: the packed bytes have the parameter's own name."""
+        return prefix.removesuffix(".")
 
     def extra_repr(self) -> str:
         """What repr shows between the brackets."""

@@ -55,15 +55,19 @@ class Stored4bit(nn.Module):
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         return self
 
+    def _key(self, prefix: str) -> str:
+        """The weight's name in a state_dict."""
+        return f"{prefix}weight"
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The weight under the keys of bitsandbytes: `weight`, `weight.absmax` and so on."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         shared = {tensor.data_ptr() for tensor in self.stored()}  # with the layer, as in any state_dict
-        parts = parts_of(prefix + "weight", self.quantized)
+        parts = parts_of(self._key(prefix), self.quantized)
         destination.update({key: part if part.data_ptr() in shared else part.clone() for key, part in parts.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        name = prefix + "weight"
+        name = self._key(prefix)
         parts = {key: state_dict.pop(key) for key in list(state_dict) if key == name or key.startswith(f"{name}.")}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if name not in parts:

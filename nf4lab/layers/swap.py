@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.checkpoints.architecture import skip_modules
+from nf4lab.checkpoints.folder import not_for_bitsandbytes, quantization_config
 from nf4lab.choice import (
     EXCLUDED,
     NOT_INCLUDED,
@@ -17,6 +19,7 @@ from nf4lab.choice import (
     candidates,
     choose,
     is_plain_linear,
+    transformers_models,
     warn_of_the_rest,
 )
 from nf4lab.formats import Format, as_format
@@ -111,6 +114,8 @@ def quantize_model_(
         made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype))
     for candidate, (layer, _) in zip(chosen, made, strict=True):
         _put(model, candidate, layer)
+    for _, part in transformers_models(model):
+        write_quantization_config(part)
     return _reported(model, [row for _, row in made], others)
 
 
@@ -170,22 +175,46 @@ def _put(model: nn.Module, candidate: Candidate, layer: nn.Module) -> None:
     """Put a layer in a candidate's place, or in that of a parameter of fused experts, with accelerate's hook."""
     if candidate.kind == "experts":
         Experts4bit.put(candidate.module, candidate.names[0].rpartition(".")[2], layer)
-        _save_as_named(model, candidate.names[0])
         return
-    hook = getattr(candidate.module, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, hook)
+    move_hook(candidate.module, layer)
     replace_layer(model, list(candidate.names), layer)
 
 
-def _save_as_named(model: nn.Module, name: str) -> None:
-    """Have transformers save a model with quantized experts under its own names, not split as the checkpoint was."""
-    for prefix, module in model.named_modules():
-        if hasattr(type(module), "save_pretrained") and name.startswith(prefix):
-            module._weight_conversions = []
-            return
+def move_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give a new layer the hook by which accelerate moves the old one's data."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
+
+
+def write_quantization_config(model: nn.Module) -> None:
+    """Have a model of transformers say in its configuration how it is quantized, so that what it saves can be opened.
+
+    Where transformers reads what `save_pretrained` writes, the words are bitsandbytes'; where it does not, nf4lab's.
+    With fused experts in 4 bits a model is saved under its own names, which transformers would otherwise change back.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Stored4bit)}
+    if not layers or not hasattr(model, "config"):
+        return
+    reasons = (_not_for_transformers(name, layer) for name, layer in layers.items())
+    first = next(iter(layers.values())).quantized
+    linear = [name for c in candidates(model) if c.kind in ("linear", "conv1d") for name in c.names]
+    skip = skip_modules([*linear, *layers], set(layers))
+    is_double = not isinstance(first.stored_scale, Tensor)
+    ours = next(filter(None, reasons), "")
+    model.config.quantization_config = quantization_config(first.format, is_double, skip, ours)
+    if any(isinstance(layer, Experts4bit) for layer in layers.values()):
+        model._weight_conversions = []
+
+
+def _not_for_transformers(name: str, layer: Stored4bit) -> str:
+    """Why transformers can't read a layer from a file; empty where it can."""
+    q = layer.quantized
+    if not isinstance(layer, Linear4bit):
+        return f"transformers reads no 4-bit {name}: {type(layer).__name__}"
+    return not_for_bitsandbytes(q.format, q.block_size, getattr(q.stored_scale, "double_quant", False))
 
 
 def _reported(model: nn.Module, rows: list[QuantizedLayer], others: list[tuple[Candidate, str]]) -> QuantizedLayers:

@@ -1,0 +1,72 @@
+"""bitsandbytes' layers and nf4lab's, one for the other, with the same bytes: nothing is quantized anew."""
+
+from torch import nn
+
+from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, from_parts, parts_of
+from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.swap import choose_layers, move_hook, replace_layer
+
+
+def adopt_(model: nn.Module) -> list[str]:
+    """Put nf4lab's Linear4bit in the place of every one of bitsandbytes in `model`; returns the layers' names.
+
+    Packed bytes, constants, bias, compute dtype and accelerate's hook are taken over; where bitsandbytes stores its
+    bytes as another dtype, or repacked for the CPU, they are brought back to its file's order. All or nothing.
+
+    Raises ValueError, naming the layer, where one has no quantized weight yet or is the base of PEFT's adapters (adopt
+    first, then add them), and where there is none.
+    """
+    names = choose_layers(model, is_bitsandbytes, "*", ())
+    made = [(places, _adopted(model, places)) for places in names]
+    for places, layer in made:
+        move_hook(model.get_submodule(places[0]), layer)
+        replace_layer(model, places, layer)
+    return [places[0] for places in names]
+
+
+def release_(model: nn.Module) -> list[str]:
+    """Put bitsandbytes' Linear4bit in the place of every one of nf4lab in `model`; returns the layers' names.
+
+    Raises ValueError, naming the layer, where bitsandbytes has no word for its format, and where there is none;
+    ModuleNotFoundError without bitsandbytes. All or nothing.
+    """
+    names = choose_layers(model, lambda layer: isinstance(layer, Linear4bit), "*", ())
+    made = [(places, _released(places[0], model.get_submodule(places[0]))) for places in names]
+    for places, layer in made:
+        move_hook(model.get_submodule(places[0]), layer)
+        replace_layer(model, places, layer)
+    return [places[0] for places in names]
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether a layer is bitsandbytes' Linear4bit, told without importing it."""
+    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+
+
+def _adopted(model: nn.Module, names: list[str]) -> Linear4bit:
+    parent = model.get_submodule(names[0].rpartition(".")[0])
+    if hasattr(type(parent), "adapter_layer_names"):
+        raise ValueError(f"layer {names[0]!r} carries PEFT's adapters: adopt the model first, then add them")
+    layer = model.get_submodule(names[0])
+    parts = {key: part for key, part in layer.state_dict().items() if key.startswith("weight")}
+    q = from_parts("weight", parts, names[0])
+    if not isinstance(q, QuantizedTensor):
+        raise ValueError(f"layer {names[0]!r} is not quantized yet: bitsandbytes does it when a layer is moved")
+    return Linear4bit(q, layer.bias, layer.compute_dtype).train(layer.training)
+
+
+def _released(name: str, layer: Linear4bit) -> nn.Module:
+    import bitsandbytes
+
+    parts = parts_of("weight", layer.quantized)
+    if not any(f"weight{suffix}" in parts for suffix in BITSANDBYTES_STATES):
+        raise ValueError(f"layer {name!r}: bitsandbytes has no word for {layer.quantized!r}")
+    packed, device = parts.pop("weight"), layer.packed.device
+    new = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, False, layer.compute_dtype, quant_type=layer.format.name, device="meta"
+    )
+    new.weight = bitsandbytes.nn.Params4bit.from_prequantized(packed, parts, device=device, module=new)
+    new.bias = None if layer.bias is None else layer.bias
+    new.weight.requires_grad_(False)
+    return new.train(layer.training)

@@ -1,0 +1,82 @@
+"""A model filled from a checkpoint by nf4lab or bitsandbytes: where a weight is stored in 4 bits, a 4-bit layer."""
+
+import os
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoints.files import iterate_quantized
+from nf4lab.choice import is_conv1d, is_plain_linear
+from nf4lab.layers.experts import Experts4bit
+from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.swap import replace_layer
+
+
+def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
+    """Fill `model` from a checkpoint, in place, with a 4-bit layer for each weight that is stored in 4 bits.
+
+    model: of the architecture that the checkpoint was made of, in full precision, its weights of no matter: as
+    `AutoModelForCausalLM.from_config(config)` makes it. path: as for `nf4lab.load_quantized`; the names in it are the
+    model's, as `save_pretrained` writes them after `nf4lab.quantize_model_`. Any format of nf4lab's, and fused experts.
+    Weights that the file lacks since they are tied are tied again.
+
+    Raises ValueError, naming the tensor, where the model has no place for it, another shape, or a parameter that the
+    file lacks; the model is then as it was.
+    """
+    stored = dict(iterate_quantized(path))
+    quantized = {name: q for name, q in stored.items() if isinstance(q, QuantizedTensor)}
+    plain = {name: tensor for name, tensor in stored.items() if name not in quantized}
+    layers = {name: _layer_for(model, name, q) for name, q in quantized.items()}
+    _check(model, plain, set(layers))
+    for name, layer in layers.items():
+        if isinstance(layer, Experts4bit):
+            parent, _, last = name.rpartition(".")
+            Experts4bit.put(model.get_submodule(parent), last, layer)
+        else:
+            replace_layer(model, _places(model, name.removesuffix(".weight")), layer)
+    model.load_state_dict(plain, strict=False, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
+    """The 4-bit layer for a stored tensor. Raises ValueError where the model has no place for it."""
+    parent, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        raise ValueError(f"tensor {name!r} is stored in 4 bits, and the model has no layer {parent!r}") from None
+    if last == "weight" and (is_plain_linear(module) or is_conv1d(module)):
+        shape = module.weight.shape if is_plain_linear(module) else module.weight.T.shape
+        layer = Linear4bit(q, module.bias).train(module.training)
+    elif isinstance(module._parameters.get(last), Tensor) and len(q.shape) == 3:
+        shape, layer = module._parameters[last].shape, Experts4bit(q).train(module.training)
+    else:
+        raise ValueError(f"tensor {name!r} is stored in 4 bits; {type(module).__name__} {parent!r} takes none")
+    if shape != q.shape:
+        raise ValueError(f"tensor {name!r} has shape {tuple(q.shape)}; the model's is {tuple(shape)}")
+    return layer
+
+
+def _places(model: nn.Module, name: str) -> list[str]:
+    """All the names of the layer of that name."""
+    layer = model.get_submodule(name)
+    return [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+
+
+def _check(model: nn.Module, plain: dict[str, Tensor], in_4_bits: set[str]) -> None:
+    """Raise where the tensors in full precision are not those that the model still needs."""
+    state = model.state_dict()
+    for name, tensor in plain.items():
+        if name not in state:
+            raise ValueError(f"the model has no tensor {name!r}")
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}; the model's is {tuple(state[name].shape)}"
+            raise ValueError(f"tensor {name!r} has shape {shapes}")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    may_lack = [*tied, *(getattr(model, "_tied_weights_keys", None) or [])]
+    for name in state.keys() - plain.keys() - in_4_bits:
+        if not any(fnmatchcase(name, pattern) for pattern in may_lack):
+            raise ValueError(f"the checkpoint has no tensor {name!r}, which the model needs")

@@ -1,0 +1,290 @@
+"""nf4lab between its neighbours: bitsandbytes' layers adopted, models saved in five ways, PEFT, Trainer."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import nf4lab
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("bitsandbytes")
+
+from architectures import ARCHITECTURES, inputs_of, make, outputs  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the weights stay")
+FUSED = ("Mixtral", "Qwen3-MoE")
+
+
+def plainly(model):
+    """The model without bitsandbytes' arithmetic in bfloat16, which it has for some CPUs and for inference only."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def in_4_bits(name, folder):
+    """The model that transformers and bitsandbytes make of a saved one of that name."""
+    make(name).save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model_class = getattr(transformers, ARCHITECTURES[name][0])
+    return plainly(model_class.from_pretrained(folder, quantization_config=config))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_bitsandbytes_wrote_is_adopted_and_released_with_the_same_answers(bitsandbytes, tmp_path, name):
+    model = in_4_bits(name, tmp_path / "in")
+    model.save_pretrained(tmp_path / "bnb")
+    model = plainly(type(model).from_pretrained(tmp_path / "bnb"))
+    expected, dtypes = outputs(model), {n: p.dtype for n, p in model.named_parameters()}
+    names = nf4lab.adopt_(model)
+    layers = [model.get_submodule(n) for n in names]
+    assert len(names) >= 8 and all(type(layer) is nf4lab.Linear4bit for layer in layers)
+    assert torch.equal(outputs(model), expected)
+    assert nf4lab.release_(model) == names
+    assert {n: p.dtype for n, p in model.named_parameters()} == dtypes
+    assert torch.equal(outputs(plainly(model)), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FUSED])
+def test_a_quantized_model_is_saved_and_opened_by_transformers(bitsandbytes, tmp_path, name):
+    model = make(name)
+    rows = nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = plainly(type(model).from_pretrained(tmp_path / "out"))
+    four_bit = {n for n, m in loaded.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert four_bit == {row.name for row in rows}
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("how", [{}, {"format": "int4"}, {"double_quant": True}])
+def test_a_model_with_quantized_experts_is_saved_and_opened_by_nf4lab(tmp_path, name, how):
+    model = make(name)
+    nf4lab.quantize_model_(model, **how)
+    model.save_pretrained(tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.quantization_config["quant_method"] == "nf4lab"
+    again = type(model)(config).eval()
+    nf4lab.load_model_(again, tmp_path / "out")
+    assert torch.equal(outputs(again), outputs(model))
+
+
+@pytest.mark.parametrize("format", nf4lab.FORMATS)
+def test_a_model_in_any_format_is_saved_and_opened_by_nf4lab(tmp_path, format):
+    model = make("tied Llama")
+    nf4lab.quantize_model_(model, format)
+    model.save_pretrained(tmp_path / "out")
+    again = make("tied Llama", seed=1)
+    nf4lab.load_model_(again, tmp_path / "out")
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_transformers_refuses_a_folder_that_is_nf4labs_own(tmp_path):
+    model = make("Llama")
+    nf4lab.quantize_model_(model, "int4")
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path / "out")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name_and_the_model_is_as_it_was(tmp_path):
+    model, other = make("Llama"), make("GPT-2")
+    nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "out")
+    before = dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.0.mlp.down_proj.weight' is stored in 4 bits"):
+        nf4lab.load_model_(other, tmp_path / "out")
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+def test_a_layer_that_bitsandbytes_has_not_quantized_yet_is_refused_by_name(bitsandbytes):
+    import bitsandbytes as library
+
+    model = nn.Sequential(nn.Linear(64, 64), library.nn.Linear4bit(64, 64))
+    with pytest.raises(ValueError, match="layer '1' is not quantized yet"):
+        nf4lab.adopt_(model)
+
+
+def test_a_format_that_bitsandbytes_lacks_is_not_released():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nf4lab.quantize_model_(model, include="0")
+    nf4lab.quantize_model_(model, "int4")
+    with pytest.raises(ValueError, match="layer '1': bitsandbytes has no word for QuantizedTensor"):
+        nf4lab.release_(model)
+    assert isinstance(model[0], nf4lab.Linear4bit)
+
+
+# --- five ways of saving, in another process
+
+LOADED = """
+    import sys, hashlib, pickle, torch, transformers, nf4lab, safetensors.torch
+    sys.path.insert(0, {tests!r})
+    from architectures import make, outputs
+    folder = {folder!r}
+    def fresh():
+        model = make("Llama")
+        nf4lab.quantize_model_(model, double_quant={double_quant})
+        for p in model.parameters():
+            p.data.zero_()
+        return model
+    def show(model):
+        print(hashlib.sha256(outputs(model).numpy().tobytes()).hexdigest())
+    model = fresh()
+    model.load_state_dict(safetensors.torch.load_file(folder + "/save_file.safetensors"))
+    show(model)
+    model = fresh()
+    safetensors.torch.load_model(model, folder + "/save_model.safetensors")
+    show(model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/save_pretrained")
+    nf4lab.adopt_(model)
+    show(model)
+    show(torch.load(folder + "/torch_save.pt", weights_only=False))
+    show(pickle.load(open(folder + "/pickle", "rb")))
+"""
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_five_ways_of_saving_give_the_same_bits_in_another_process(tmp_path, double_quant):
+    import hashlib
+    import pickle
+    from pathlib import Path
+
+    import safetensors.torch
+
+    model = make("Llama")
+    nf4lab.quantize_model_(model, double_quant=double_quant)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "save_file.safetensors")
+    safetensors.torch.save_model(model, str(tmp_path / "save_model.safetensors"))
+    model.save_pretrained(tmp_path / "save_pretrained")
+    torch.save(model, tmp_path / "torch_save.pt")
+    (tmp_path / "pickle").write_bytes(pickle.dumps(model))
+    script = LOADED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), double_quant=double_quant)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = hashlib.sha256(outputs(model).numpy().tobytes()).hexdigest()
+    assert done.stdout.split() == [expected] * 5
+
+
+# --- PEFT
+
+
+@pytest.fixture
+def with_peft():
+    """(PEFT, a quantized tiny Llama with its adapters on two kinds of layers)."""
+    peft = pytest.importorskip("peft")
+    from nf4lab.layers import peft_lora
+
+    model = make("Llama")
+    nf4lab.quantize_model_(model, double_quant=True)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    return peft, peft.get_peft_model(model, peft_lora.register(config)).eval()
+
+
+def test_pefts_adapters_sit_on_nf4labs_layers_and_train(with_peft):
+    _, model = with_peft
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 64)
+    expected = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+    assert torch.equal(layer(x), expected)
+    ids = inputs_of(model)["input_ids"]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_pefts_adapters_are_saved_and_loaded_onto_the_same_bits(with_peft, tmp_path):
+    peft, model = with_peft
+    expected = outputs(model)
+    model.save_pretrained(tmp_path / "adapters")
+    base = make("Llama")
+    nf4lab.quantize_model_(base, double_quant=True)
+    from nf4lab.layers import peft_lora
+
+    config = peft_lora.register(peft.PeftConfig.from_pretrained(tmp_path / "adapters"))
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapters", config=config).eval()
+    assert torch.equal(outputs(again), expected)
+
+
+def test_merging_rounds_the_sum_as_the_layer_was_and_unmerging_brings_the_bytes_back(with_peft):
+    _, model = with_peft
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    before, total = layer.base_layer.packed.clone(), layer.base_layer.weight + layer.get_delta_weight("default")
+    plain, merged = outputs(model), nf4lab.quantize(total, double_quant=True).dequantize()
+    with pytest.warns(UserWarning, match="merging an adapter into 4 bits rounds the sum"):
+        model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, merged) and not torch.equal(layer.base_layer.packed, before)
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.packed, before) and torch.equal(outputs(model), plain)
+    with pytest.warns(UserWarning, match="rounds the sum"):
+        unloaded = model.merge_and_unload()
+    assert torch.equal(unloaded.model.layers[1].mlp.down_proj.weight, merged)
+    assert isinstance(unloaded.model.layers[1].mlp.down_proj, nf4lab.Linear4bit)
+
+
+def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():
+    peft = pytest.importorskip("peft")
+    from nf4lab.layers import peft_lora
+
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    config = peft_lora.register(peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="PEFT's LoRA is the plain one, without use_dora"):
+        peft.get_peft_model(model, config)
+
+
+# --- Trainer
+
+
+@pytest.mark.parametrize("adapters", ["peft", "nf4lab", "adopted"])
+def test_trainer_trains_saves_and_resumes_with_adapters(bitsandbytes, tmp_path, adapters):
+    peft = pytest.importorskip("peft")
+    from nf4lab.layers import peft_lora
+
+    def model_with_adapters():
+        torch.manual_seed(0)
+        if adapters == "adopted":
+            model = in_4_bits("Llama", tmp_path / "in")
+            nf4lab.adopt_(model)
+        else:
+            model = make("Llama")
+            nf4lab.quantize_model_(model)
+        if adapters == "nf4lab":
+            nf4lab.add_lora_(model, rank=4, include="*q_proj")
+            return model
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, peft_lora.register(config))
+
+    def trainer(model, steps):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "run"), max_steps=steps, save_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
+            report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        data = [
+            {"input_ids": ids, "labels": ids}
+            for ids in torch.randint(1, 128, (16, 7), generator=torch.Generator().manual_seed(0))
+        ]
+        return transformers.Trainer(model, arguments, train_dataset=data)
+
+    straight = model_with_adapters()
+    trainer(straight, 4).train()
+    resumed = trainer(model_with_adapters(), 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    ours, theirs = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (straight, resumed.model))
+    assert len(ours) == 4 and all(torch.equal(ours[name], theirs[name]) for name in ours)
