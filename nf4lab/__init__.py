@@ -20,13 +20,43 @@ from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.load import load_model_
 from nf4lab.layers.lora import LoRALinear, add_lora_, merge_lora_
+from nf4lab.layers.sharded import shardable_
 from nf4lab.layers.swap import QuantizedLayer, QuantizedLayers, quantize_model_
 from nf4lab.metrics import code_usage, compression_ratio, entropy_bits, mae, mse, output_error, shannon_limit, sqnr_db
 
 __all__ = [
-    "BLOCK_SIZES", "FORMATS", "DoubleQuant", "Experts4bit", "Format", "Linear4bit", "LoRALinear",
-    "QuantizedConstants", "QuantizedLayer", "QuantizedLayers", "QuantizedTensor", "add_lora_", "adopt_", "calibrate",
-    "code_usage", "compression_ratio", "dequantize", "entropy_bits", "hadamard", "iterate_quantized",
-    "load_model_", "load_quantized", "mae", "merge_lora_", "mse", "output_error", "quantize", "quantize_checkpoint",
-    "quantize_model_", "release_", "save_quantized", "shannon_limit", "sqnr_db",
+    "BLOCK_SIZES",
+    "FORMATS",
+    "DoubleQuant",
+    "Experts4bit",
+    "Format",
+    "Linear4bit",
+    "LoRALinear",
+    "QuantizedConstants",
+    "QuantizedLayer",
+    "QuantizedLayers",
+    "QuantizedTensor",
+    "add_lora_",
+    "adopt_",
+    "calibrate",
+    "code_usage",
+    "compression_ratio",
+    "dequantize",
+    "entropy_bits",
+    "hadamard",
+    "iterate_quantized",
+    "load_model_",
+    "load_quantized",
+    "mae",
+    "merge_lora_",
+    "mse",
+    "output_error",
+    "quantize",
+    "quantize_checkpoint",
+    "quantize_model_",
+    "release_",
+    "save_quantized",
+    "shannon_limit",
+    "shardable_",
+    "sqnr_db",
 ]  # fmt: skip

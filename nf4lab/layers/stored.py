@@ -47,7 +47,7 @@ class Stored4bit(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move the stored tensors with the module, but keep their dtypes: absmax in float16 would be another weight."""
-        before = {name: self._buffers[name] for name in self.stored_names}
+        before = {name: self._buffers[name] for name in self.stored_names if name in self._buffers}
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         super()._apply(fn, recurse)
         for name, tensor in before.items():

@@ -1,0 +1,53 @@
+"""4-bit layers for FSDP2: packed bytes as parameters, which `torch.distributed.fsdp.fully_shard` cuts and gathers."""
+
+from torch import Tensor, nn
+
+from nf4lab.layers.experts import Experts4bit
+from nf4lab.layers.linear import Linear4bit
+from nf4lab.layers.stored import Stored4bit
+
+
+def shardable_(model: nn.Module) -> int:
+    """Make the packed bytes of every 4-bit layer of `model` a frozen parameter of uint8; returns how many layers.
+
+    `fully_shard` cuts parameters and leaves buffers whole on each process: after this it cuts the packed bytes. The
+    constants, half a bit a weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
+    same keys as before.
+
+    Raises ValueError where there is no 4-bit layer.
+    """
+    layers = [layer for layer in model.modules() if type(layer) in SHARDABLE]
+    if not layers:
+        raise ValueError("model has no 4-bit layers: quantize it first")
+    for layer in layers:
+        packed = layer._buffers.pop("packed")
+        layer._non_persistent_buffers_set.discard("packed")
+        layer.__class__ = SHARDABLE[type(layer)]
+        layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+    return len(layers)
+
+
+class _PackedParameter(Stored4bit):
+    """What a layer does whose packed bytes are a parameter."""
+
+    def stored(self) -> list[Tensor]:
+        """As for every 4-bit layer: packed bytes first."""
+        return [self._parameters["packed"], *(self._buffers[name] for name in self.stored_names[1:])]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}packed"]  # it is there as the weight
+
+    def _load(self, found, assign: bool) -> None:
+        raise ValueError("the packed bytes are a parameter for fully_shard: load them before shardable_")
+
+
+class ShardableLinear4bit(_PackedParameter, Linear4bit):
+    """A Linear4bit whose packed bytes are a parameter."""
+
+
+class ShardableExperts4bit(_PackedParameter, Experts4bit):
+    """Experts4bit whose packed bytes are a parameter."""
+
+
+SHARDABLE = {Linear4bit: ShardableLinear4bit, Experts4bit: ShardableExperts4bit}
