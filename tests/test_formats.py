@@ -1,13 +1,23 @@
 """The table of formats, and formats of one's own: also those that only later chapters need."""
 
+import copy
+import math
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nf4lab
-from nf4lab import codebooks, formats
+from nf4lab import backends, codebooks, formats
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -375,3 +385,70 @@ def test_constants_are_rounded_as_an_independent_implementation_rounds_them(name
     x = x if name == "float8_e8m0fnu" else torch.cat([x, -x, torch.zeros(1)])
     dtype = getattr(ml_dtypes, name, None) or np.float16
     assert np.array_equal(format.as_stored(x).numpy(), x.numpy().astype(dtype).astype(np.float32))
+
+
+def test_formats_are_equal_by_value_and_copies_of_a_format_are_the_format():
+    nf4 = nf4lab.FORMATS["nf4"]
+    assert len(nf4.boundaries) == 15  # what is derived is no part of it
+    for twin in (copy.deepcopy(nf4), pickle.loads(pickle.dumps(nf4)), nf4lab.Format("nf4", codebooks.nf4())):
+        assert twin == nf4 and hash(twin) == hash(nf4) and twin is not nf4
+    for other in (
+        replace(nf4, name="mine"), replace(nf4, levels=nf4.levels.flip(0)),
+        replace(nf4, normalize=formats.signed_absmax), replace(nf4, constants_dtype=torch.float16), replace(nf4, stored_bits=8), nf4.searched(), None, "nf4",
+    ):  # fmt: skip
+        assert other != nf4
+    assert nf4lab.Format("zero", [-0.0, 1.0]) != nf4lab.Format("zero", [0.0, 1.0])
+
+
+def test_a_copy_of_a_quantized_tensor_has_the_keys_of_bitsandbytes_in_a_file(tmp_path):
+    q = nf4lab.quantize(normal(64, 64))
+    for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        nf4lab.save_quantized(tmp_path / "w.safetensors", {"w": twin})
+        assert "w.quant_state.bitsandbytes__nf4" in safetensors.torch.load_file(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", formats.NORMALIZATIONS)
+def test_a_rule_depends_on_what_its_row_says_and_makes_the_constants_that_it_says(name):
+    rule, blocks = formats.NORMALIZATIONS[name], normal(200, 16)
+    scale, location = rule.rule(blocks)
+    assert (location is not None) == rule.has_location
+    constants = [scale] if location is None else [scale, location]
+    assert any((part < 0).any() for part in constants) == rule.has_sign
+    alone = {
+        "magnitude": lambda: blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)),
+        "range": lambda: torch.stack([blocks.amin(dim=1), blocks.amax(dim=1)], dim=1),
+        "moments": lambda: torch.stack([scale, -scale], dim=1) + location[:, None],
+    }[rule.depends_on]()
+    found = [part for part in rule.rule(alone) if part is not None]
+    exact = rule.depends_on != "moments"
+    for part, expected in zip(found, constants, strict=True):
+        assert torch.equal(part, expected) if exact else torch.allclose(part, expected, atol=1e-6)
+    assert (len(scale.unique()) < 20) == rule.in_steps
+
+
+def test_a_rule_of_ones_own_is_found_to_have_a_location_or_none():
+    def median(blocks):
+        return blocks.abs().amax(dim=1), blocks.median(dim=1).values
+
+    assert formats.normalization_of(median).has_location
+    assert not formats.normalization_of(lambda blocks: (blocks.abs().amax(dim=1), None)).has_location
+    x, own = normal(1000), nf4lab.Format("mine", range(8), median)
+    assert (nf4lab.quantize(x, own).dequantize() - x).abs().max() < 4 and own.code_bits == 3
+
+
+@pytest.mark.parametrize("name", ["nf3", "nf2"])
+def test_three_and_two_bits_give_the_nearest_level_and_no_bit_is_wasted(name):
+    x, format = normal(1000), nf4lab.FORMATS[name]
+    q = nf4lab.quantize(x, name, 64)
+    scale = q.absmax.repeat_interleave(64)[:1000]
+    assert torch.equal(q.codes.long(), (x[:, None] / scale[:, None] - format.levels).abs().argmin(dim=1))
+    assert torch.equal(q.dequantize(), format.levels[q.codes.long()] * scale)
+    assert q.packed.numel() == math.ceil(1000 * format.code_bits / 8)
+
+
+@pytest.mark.parametrize("name", ["nf3", "nf2", "wide"])
+def test_kernels_refuse_widths_that_they_have_not(name):
+    format = nf4lab.FORMATS[name] if name != "wide" else nf4lab.Format("wide", range(17))
+    backend, device = ("cpu", "cpu") if name == "wide" else ("cuda", "cuda")
+    with pytest.raises(ValueError, match=rf"takes codes of (up to )?4 bits; those of '{name}' have {format.code_bits}"):
+        backends.choose(backend, torch.device(device), torch.float32, 64, format)

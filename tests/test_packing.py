@@ -1,11 +1,13 @@
-"""Two codes a byte, and back."""
+"""Codes in bytes, and back."""
+
+import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4lab.formats.packing import pack, unpack
+from nf4lab.formats.packing import pack, packed_bytes, repack, unpack
 
 codes_lists = st.lists(st.integers(0, 15), max_size=257)
 
@@ -46,3 +48,34 @@ def test_codes_of_another_dtype_are_refused():
 def test_a_length_that_does_not_fit_the_bytes_is_refused(n, n_bytes):
     with pytest.raises(ValueError, match=f"{n} codes take {(n + 1) // 2} bytes; got {n_bytes}"):
         unpack(torch.zeros(n_bytes, dtype=torch.uint8), n)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(0, 300), st.integers(0, 2**32 - 1))
+def test_unpacking_gives_back_what_was_packed_at_every_width(bits, n, seed):
+    codes = torch.randint(0, 2**bits, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = pack(codes, pad=1, bits=bits)
+    assert packed.numel() == packed_bytes(n, bits) == math.ceil(n * bits / 8)
+    assert torch.equal(unpack(packed, n, bits), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_codes_are_one_stream_of_bits_with_the_first_code_foremost(bits):
+    codes = torch.randint(0, 2**bits, (37,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    stream = "".join(f"{code:0{bits}b}" for code in [*codes.tolist(), *[1] * 8])[: 8 * packed_bytes(37, bits)]
+    assert "".join(f"{byte:08b}" for byte in pack(codes, pad=1, bits=bits).tolist()) == stream
+
+
+@pytest.mark.parametrize("wanted", [2, 3, 8])
+def test_repacking_is_unpacking_and_packing(wanted):
+    codes = torch.randint(0, 4, (2**20 + 77,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(repack(pack(codes), codes.numel(), 4, wanted, 3), pack(codes, 3, wanted))
+
+
+def test_a_width_that_no_code_has_is_refused():
+    with pytest.raises(ValueError, match="codes have 2, 3, 4 or 8 bits; got 5"):
+        pack(torch.zeros(3, dtype=torch.uint8), bits=5)
+    with pytest.raises(ValueError, match=r"3-bit codes lie in 0\.\.7; got 8"):
+        pack(torch.tensor([8], dtype=torch.uint8), bits=3)
+    with pytest.raises(ValueError, match="9 codes take 4 bytes; got 3"):
+        unpack(torch.zeros(3, dtype=torch.uint8), 9, bits=3)

@@ -14,12 +14,13 @@ from nf4lab.formats.normalizations import (
     absmax,
     mean_std,
     min_max,
+    normalization_of,
     power_of_two,
     signed_absmax,
-)
+)  # fmt: skip
 from nf4lab.formats.table import FORMATS, as_format
 
 __all__ = [
     "FORMATS", "NORMALIZATIONS", "SEARCH", "Format", "Normalization", "absmax", "as_format", "mean_std", "min_max",
-    "power_of_two", "signed_absmax",
+    "normalization_of", "power_of_two", "signed_absmax",
 ]  # fmt: skip
