@@ -10,7 +10,6 @@ had stands beside every sample. A call is timed from outside, as a caller would 
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -18,14 +17,12 @@ import pathlib
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import time
-from importlib.metadata import version
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
+from provenance import output, provenance
 
 import nf4lab
 from nf4lab import backends
@@ -148,22 +145,15 @@ def crossovers(records):
     return least
 
 
-def provenance():
-    def output(*command):
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
-
+def about_this_machine():
+    """What decides the times beside the processor's name."""
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
     huge_pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    packages = ("torch", "numba", "llvmlite", "numpy", "bitsandbytes")
     return {
-        "cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
         "threads": backends.cpu._threads(), "torch_threads": torch.get_num_threads(),
         "vector_extensions": sorted(set(re.findall(r"\b(?:avx2|avx512[a-z]*|f16c|fma)\b", cpuinfo))),
         "kernel": platform.release(), "transparent_huge_pages": huge_pages.read_text().strip(),
-        "python": platform.python_version(), **{name: version(name) for name in packages},
-        "nf4lab": nf4lab.__version__, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": output("git", "rev-parse", "HEAD"), "uncommitted": output("git", "status", "--porcelain"),
-        "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
+        "uncommitted": output("git", "status", "--porcelain"),
     }  # fmt: skip
 
 
@@ -175,7 +165,9 @@ def main():
     parser.add_argument("--patience", type=float, default=600, help="seconds in which disturbed calls are repeated")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.patience
-    result = {**provenance(), "block_size": BLOCK, "load_before": os.getloadavg(), "records": [], "ladder": []}
+    packages = ["torch", "numba", "llvmlite", "numpy", "bitsandbytes"]
+    result = provenance("benchmarks/cpu.py", packages) | about_this_machine()
+    result |= {"block_size": BLOCK, "load_before": os.getloadavg(), "records": [], "ladder": []}
     for log2_n in (26, 24, 20, 16, 12)[2 * arguments.quick :]:
         for dtype in DTYPES:
             x = torch.randn(2**log2_n // ROW, ROW).to(dtype)

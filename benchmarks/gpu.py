@@ -9,16 +9,11 @@ from the shapes: each input read once, each output written once. Fractions are o
 """
 
 import argparse
-import datetime
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 
 import numpy as np
 
@@ -28,6 +23,7 @@ if not hasattr(np, "row_stack"):
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+from provenance import provenance
 
 try:
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
@@ -37,6 +33,7 @@ except ImportError:  # measured where it is installed
 from nf4lab.kernels import cuda
 from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
 
+PACKAGES = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
 BLOCK = 64
 COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
 SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096)]
@@ -283,40 +280,6 @@ def measure_host(samples, levels, codebook):
         record("host cost of a call", by, host_times_us(call, samples), call=operation)
 
 
-def command(program):
-    """How to make the record again; where it was written to is left out."""
-    words = sys.argv[1:]
-    if "--results" in words:
-        at = words.index("--results")
-        words = words[:at] + words[at + 2 :]
-    return " ".join(["python", program, *words])
-
-
-def provenance(program):
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    commit = (
-        os.environ.get("NF4LAB_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
-        ).stdout.strip()
-    )
-    packages = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": driver,
-        "versions": {
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{p: version(p) for p in packages},
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "command": command(program),
-    }
-
-
 def main():
     global copy_tbps
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -342,7 +305,7 @@ def main():
     for part in args.only or parts:
         parts[part]()
         torch.cuda.empty_cache()
-    result = provenance("benchmarks/gpu.py") | {"block_size": BLOCK, "weights": n, "copy_tbps": copy_tbps}
+    result = provenance("benchmarks/gpu.py", PACKAGES) | {"block_size": BLOCK, "weights": n, "copy_tbps": copy_tbps}
     result["records"] = records
     path = args.results / f"{result['device'].replace(' ', '-').lower()}.json"
     path.parent.mkdir(exist_ok=True)

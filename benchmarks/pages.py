@@ -9,27 +9,25 @@ The server compresses text with gzip, as GitHub Pages does. "transferred" is wha
 """
 
 import argparse
-import datetime
-import functools
 import gzip
-import http.server
 import json
 import os
-import platform
-import shutil
 import statistics
-import subprocess
-import threading
-from importlib.metadata import version
+import sys
 from pathlib import Path
 
+from provenance import provenance
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+from browser import Quiet, chromium, serving  # noqa: E402
+
 SITE = ROOT / "_build" / "html"
 PAGES = ("book/index.html", "book/04-blocks.html", "book/api.html")
 # Bits a second down and up, and the time that a request waits: Lighthouse's "slow 4G", and a good mobile connection.
 LINES = {"slow 4G": (1.6e6, 0.75e6, 150), "4G": (9e6, 3e6, 60)}
 TEXT = (".html", ".css", ".js", ".svg", ".json", ".txt", ".md", ".ttf")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 WATCH = """
 window.largest = 0;
 new PerformanceObserver(list => { for (const entry of list.getEntries()) window.largest = entry.startTime; })
@@ -44,7 +42,7 @@ TIMES = """async () => {
 }"""
 
 
-class Compressing(http.server.SimpleHTTPRequestHandler):
+class Compressing(Quiet):
     """The site, its text compressed."""
 
     protocol_version = "HTTP/1.1"
@@ -63,9 +61,6 @@ class Compressing(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
 
 
 def visit(browser, url: str, line: str) -> dict:
@@ -97,19 +92,11 @@ def median_of(visits: list[dict]) -> dict:
     return medians | {"samples_ms": [[v["readable_ms"], v["largest_ms"], v["formulas_ms"]] for v in visits]}
 
 
-def provenance(browser) -> dict:
-    """When, where and with what."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+def about(browser) -> dict:
+    """What decides the times beside the machine: what else ran on it, the browser, the lines."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/pages.py",
-        "commit": commit.stdout.strip(),
-        "processor": models[0].split(": ")[1] if models else platform.processor(),
-        "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
         "chromium": browser.version,
-        "versions": {name: version(name) for name in ("jupyter-book", "sphinx-book-theme", "playwright")},
         "lines": {
             name: dict(zip(("down_bps", "up_bps", "wait_ms"), line, strict=True)) for name, line in LINES.items()
         },
@@ -120,23 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--visits", type=int, default=3, help="of each page on each line")
     visits = parser.parse_args().visits
-    from playwright.sync_api import sync_playwright
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Compressing, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        record, rows = provenance(browser), []
+    with serving(SITE, Compressing) as address, chromium() as browser:
+        packages = ["jupyter-book", "sphinx-book-theme", "playwright"]
+        record, rows = provenance("benchmarks/pages.py", packages) | about(browser), []
         for name in PAGES:
             for line in LINES:
-                url = f"http://127.0.0.1:{server.server_port}/{name}"
+                url = address + name
                 row = {"page": name, "line": line} | median_of([visit(browser, url, line) for _ in range(visits)])
                 rows.append(row)
                 print(f"{name:22s} {line:8s} {row['transferred_bytes'] / 1e3:6.0f} kB, unpacked "
                       f"{row['unpacked_bytes'] / 1e3:6.0f} kB, readable {row['readable_ms']:5.0f} ms, "
                       f"largest {row['largest_ms']:5.0f} ms, formulas {row.get('formulas_ms', 0):5.0f} ms")  # fmt: skip
-        browser.close()
-    server.shutdown()
     target = ROOT / "benchmarks" / "results" / "pages.json"
     target.write_text(json.dumps(record | {"load_after": os.getloadavg()[0], "records": rows}, indent=1) + "\n")
     print(f"written: {target.relative_to(ROOT)}")

@@ -14,7 +14,8 @@ import subprocess
 import sys
 
 import torch
-from gpu import provenance
+from gpu import PACKAGES
+from provenance import provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEFT_OUT = "not 2_to_the_31 and not two_to_the_31 and not threads and not compile and not graph and not capture"
@@ -49,7 +50,7 @@ def main():
     args = parser.parse_args()
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     about = {"sanitizer": version.strip().splitlines()[-1], "expression": args.expression}
-    result = provenance("benchmarks/sanitize.py") | about
+    result = provenance("benchmarks/sanitize.py", PACKAGES) | about
     device = torch.cuda.get_device_name().replace(" ", "-").lower()
     for tool in args.tools:
         checks = [check(tool, args.expression, args.limit_s)]

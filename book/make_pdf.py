@@ -6,18 +6,16 @@ that only plots is left out. It is printed twice: the second time, the contents 
 """
 
 import datetime
-import functools
-import http.server
 import io
 import os
 import re
 import shutil
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import urljoin
 
 import yaml
+from browser import chromium, serving
 from bs4 import BeautifulSoup
 from pypdf import PdfReader
 
@@ -26,7 +24,6 @@ import nf4lab
 ROOT = Path(__file__).resolve().parents[1]
 SITE, PRINT_STYLE = ROOT / "_build" / "html", ROOT / "book" / "print.css"
 PDF = SITE / "nf4lab.pdf"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 MATHJAX = {
     "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
     "options": {"processHtmlClass": "math"},
@@ -116,20 +113,10 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
     return {name.removeprefix("/"): reader.get_destination_page_number(place) + 1 for name, place in places}
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 def print_pdf(html_of) -> bytes:
     """The PDF of html_of(page numbers), printed twice."""
-    from playwright.sync_api import sync_playwright
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address, numbers = f"http://127.0.0.1:{server.server_port}/whole-book.html", {}
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+    numbers = {}
+    with serving(SITE) as address, chromium() as browser:
         for _ in range(2):
             page, html = browser.new_page(), html_of(numbers)
             page.route(
@@ -137,7 +124,7 @@ def print_pdf(html_of) -> bytes:
             )
             page.emulate_media(media="print")
             page.set_viewport_size({"width": COLUMN_PX, "height": 900})  # what draws itself measures the column
-            page.goto(address)
+            page.goto(address + "whole-book.html")
             page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
             pdf = page.pdf(
                 format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
@@ -146,8 +133,6 @@ def print_pdf(html_of) -> bytes:
             )  # fmt: skip
             page.close()
             numbers = page_numbers(pdf)
-        browser.close()
-    server.shutdown()
     return pdf
 
 

@@ -1,14 +1,18 @@
 """What every test shares: one hypothesis profile, a quiet bitsandbytes, and a browser to read the built book in."""
 
-import functools
-import http.server
 import logging
 import shutil
-import threading
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "_build" / "html"
+sys.path.insert(0, str(ROOT / "book"))
+
+from browser import chromium, serving  # noqa: E402
 
 hypothesis.settings.register_profile("nf4lab", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nf4lab")
@@ -24,30 +28,13 @@ def bitsandbytes():
         yield functional
 
 
-SITE = Path(__file__).resolve().parents[1] / "_build" / "html"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture(scope="session")
 def address():
     """The built book, served on this machine."""
     if not SITE.exists():
         pytest.skip("the book is not built: run `make book`")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with serving(SITE) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +42,9 @@ def browser():
     """Debian's Chromium without a window."""
     if not shutil.which("chromium"):
         pytest.skip("no Chromium: install Debian's package `chromium`")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+    pytest.importorskip("playwright.sync_api")
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

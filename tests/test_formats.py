@@ -392,10 +392,11 @@ def test_formats_are_equal_by_value_and_copies_of_a_format_are_the_format():
     assert len(nf4.boundaries) == 15  # what is derived is no part of it
     for twin in (copy.deepcopy(nf4), pickle.loads(pickle.dumps(nf4)), nf4lab.Format("nf4", codebooks.nf4())):
         assert twin == nf4 and hash(twin) == hash(nf4) and twin is not nf4
-    for other in (
-        replace(nf4, name="mine"), replace(nf4, levels=nf4.levels.flip(0)),
-        replace(nf4, normalize=formats.signed_absmax), replace(nf4, constants_dtype=torch.float16), replace(nf4, stored_bits=8), nf4.searched(), None, "nf4",
-    ):  # fmt: skip
+    changed = (
+        {"name": "mine"}, {"levels": nf4.levels.flip(0)}, {"normalize": formats.signed_absmax}, {"stored_bits": 8},
+        {"constants_dtype": torch.float16}, {"search": formats.SEARCH}, {"ties": "up"}, {"block_size": 32},
+    )  # fmt: skip
+    for other in (*(replace(nf4, **change) for change in changed), None, "nf4"):
         assert other != nf4
     assert nf4lab.Format("zero", [-0.0, 1.0]) != nf4lab.Format("zero", [0.0, 1.0])
 

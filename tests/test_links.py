@@ -1,14 +1,13 @@
 """Every link of the book leads somewhere: inside by looking, outside by a list of when each was last seen."""
 
-import http.server
 import importlib.util
 import subprocess
 import sys
-import threading
 from functools import cache
 from pathlib import Path
 
 import pytest
+from browser import Quiet, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "html"
@@ -49,24 +48,18 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     assert links.outside(tmp_path) == {"https://example.org/a.png"}
 
 
-class Half(http.server.BaseHTTPRequestHandler):
+class Half(Quiet):
     """A server on which one address answers and the others do not."""
 
     def do_GET(self):
         self.send_response(200 if self.path == "/here" else 404)
         self.end_headers()
 
-    def log_message(self, *args):
-        pass
-
 
 def test_only_an_address_that_answers_gets_a_new_date():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Half)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    base = f"http://127.0.0.1:{server.server_port}"
-    seen = links.visit({f"{base}/here": "never", f"{base}/gone": "2026-01-02"}, today="2026-03-04")
-    server.shutdown()
-    assert seen == {f"{base}/here": "2026-03-04", f"{base}/gone": "2026-01-02"}
+    with serving(handler=Half) as base:
+        seen = links.visit({f"{base}here": "never", f"{base}gone": "2026-01-02"}, today="2026-03-04")
+    assert seen == {f"{base}here": "2026-03-04", f"{base}gone": "2026-01-02"}
 
 
 @built
