@@ -5,6 +5,7 @@ hears; only a kill leaves one behind. What is being written is locked, so that n
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -61,11 +62,9 @@ def leftovers(path: str | os.PathLike) -> dict[Path, int]:
     path = Path(path)
     if not path.parent.is_dir():
         return {}
-    found = {}
+    found, ours = {}, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
     for entry in sorted(path.parent.iterdir()):
-        start, end = f".{path.name}.", ".partial"
-        token = entry.name.removeprefix(start).removesuffix(end)
-        if entry.name == f"{start}{token}{end}" and len(token) == 8 and not _is_locked(entry):
+        if ours.fullmatch(entry.name) and not _is_locked(entry):
             files = entry.rglob("*") if entry.is_dir() else [entry]
             found[entry] = sum(file.stat().st_size for file in files if file.is_file())
     return found

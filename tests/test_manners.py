@@ -1,0 +1,233 @@
+"""The manners of the command line: what it is called, what it says of files and mistakes, what it leaves behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import nf4lab
+from nf4lab.__main__ import main
+from nf4lab.checkpoints import partial
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A file with two matrices, an embedding and a bias."""
+    torch.manual_seed(0)
+    path = tmp_path / "in.safetensors"
+    tensors = {"embed.weight": torch.randn(50, 64), "up.weight": torch.randn(96, 64), "up.bias": torch.randn(96)}
+    safetensors.torch.save_file(tensors | {"down.weight": torch.randn(64, 96)}, path)
+    return path
+
+
+@pytest.mark.parametrize("command", [["-m", "nf4lab"], ["-c", "import sys; sys.argv[0] = 'bin/nf4lab'; import nf4lab"]])
+def test_the_version_does_not_wait_for_torch(command):
+    done = subprocess.run([sys.executable, "-X", "importtime", *command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"nf4lab {nf4lab.__version__}\n")
+    assert "torch" not in done.stderr  # the list of what was imported
+    seconds = sum(
+        int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines() if "|" in line and "us" not in line
+    )
+    assert seconds < 500_000  # microseconds
+
+
+def test_the_installed_command_is_the_same_program():
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points(group="console_scripts", name="nf4lab")
+    assert [entry.value for entry in found] == ["nf4lab.__main__:main"]
+
+
+# --- files told by what they are
+
+NOT_SAFETENSORS = {
+    "zip": (b"PK\x03\x04" + b"\0" * 60, "a zip archive: PyTorch's pickle"),
+    "pickle": (b"\x80\x04\x95" + b"." * 60, "a pickle, which can run code"),
+    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 60, "a GGUF file"),
+    "html": (b"\n<!DOCTYPE html><html><body>404</body></html>" + b" " * 60, "a web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "a Git LFS pointer"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 60, "an HDF5 file"),
+    "npy": (b"\x93NUMPY\x01\0" + b"\0" * 60, "a NumPy array"),
+    "gzip": (b"\x1f\x8b\x08" + b"\0" * 60, "a gzip archive"),
+    "json": (b'{"weight_map": {"a": "b.safetensors", "and": "so on"}}', "JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), NOT_SAFETENSORS.values(), ids=NOT_SAFETENSORS)
+def test_a_file_that_is_something_else_is_called_by_its_name(tmp_path, capsys, content, words):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    for arguments in (["inspect"], ["compare"], ["quantize", str(tmp_path / "out")]):
+        command, *more = arguments
+        assert main([command, str(tmp_path / "model.safetensors"), *more]) == 1
+        assert f"nf4lab: model.safetensors is no safetensors file but {words}" in capsys.readouterr().err
+
+
+def test_a_folder_of_pickles_names_them(tmp_path, capsys):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert (
+        "holds neither model.safetensors.index.json nor model.safetensors; there are pytorch_model.bin"
+        in capsys.readouterr().err
+    )
+
+
+# --- the command line
+
+
+def test_a_pattern_takes_one_word_and_leaves_the_files_to_their_places(checkpoint, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert main(["quantize", "--exclude", "*up*", str(checkpoint), str(out), "--quiet"]) == 0
+    stored = nf4lab.load_quantized(out)
+    assert [n for n, t in stored.items() if isinstance(t, nf4lab.QuantizedTensor)] == ["down.weight"]
+
+
+def test_exclude_adds_to_what_stays_and_include_can_name_it(checkpoint, tmp_path):
+    main(["quantize", str(checkpoint), str(tmp_path / "a"), "--exclude", "*down*", "--quiet"])
+    main(["quantize", str(checkpoint), str(tmp_path / "b"), "--include", "*", "--include", "embed*", "--quiet"])
+    found = [nf4lab.load_quantized(tmp_path / name).items() for name in "ab"]
+    in_4_bits = [{n for n, t in stored if isinstance(t, nf4lab.QuantizedTensor)} for stored in found]
+    assert in_4_bits == [{"up.weight"}, {"up.weight", "down.weight", "embed.weight"}]
+
+
+def test_a_pattern_that_matches_nothing_is_status_1_and_nothing_is_written(checkpoint, tmp_path, capsys):
+    assert main(["quantize", str(checkpoint), str(tmp_path / "out"), "--include", "*typo*", "--quiet"]) == 1
+    assert "nf4lab: '*typo*' matches none of the 3 tensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_what_stays_and_its_share_are_listed_with_a_warning_over_half(checkpoint, tmp_path, capsys):
+    assert main(["quantize", str(checkpoint), str(tmp_path / "a")]) == 0
+    err = capsys.readouterr().err
+    share = (50 * 64 + 96) / (50 * 64 + 96 + 2 * 96 * 64)
+    assert f"left as they are, {share:.1%} of the weights:\n  embedding: embed.weight\n" in err and "warning" not in err
+    tensors = {"embed.weight": torch.randn(500, 64), "up.weight": torch.randn(64, 64)}
+    safetensors.torch.save_file(tensors, tmp_path / "most.safetensors")
+    assert main(["quantize", str(tmp_path / "most.safetensors"), str(tmp_path / "b"), "--quiet"]) == 0
+    assert "nf4lab: warning: 89% of the weights stay as they are: embed.weight (embedding)" in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_be_is_refused_by_the_name_that_was_given(checkpoint, tmp_path, capsys):
+    assert main(["quantize", str(checkpoint), str(tmp_path / "no" / "out")]) == 1
+    assert f"nf4lab: {tmp_path / 'no'} is no folder to write out to" in capsys.readouterr().err
+    assert main(["quantize", str(checkpoint), f"{tmp_path}/new/"]) == 1
+    assert "names a folder, and IN is one file: name the file to write" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_inspect_and_compare_speak_json(checkpoint, tmp_path, capsys):
+    main(["quantize", str(checkpoint), str(tmp_path / "out"), "--format", "int4", "--quiet"])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert by_name["up.weight"]["stored_as"].startswith("int4, blocks of 64") and by_name["up.weight"]["shape"] == [
+        96,
+        64,
+    ]
+    assert found["bytes"] == sum(tensor["bytes"] for tensor in found["tensors"])
+    arguments = ["compare", str(checkpoint), "--json", "--quiet", "--bits", "4.5", "--include", "up*"]
+    assert main(arguments) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["weights"] == {"up.weight": 96 * 64}
+    best = max(table["standings"], key=lambda row: row["budgets"].get("4.5", {"sqnr_db": 0})["sqnr_db"])
+    assert best["budgets"]["4.5"]["won"] == 1
+
+
+def test_an_empty_file_is_inspected_and_not_quantized(tmp_path, capsys):
+    safetensors.torch.save_file({}, tmp_path / "empty.safetensors")
+    assert main(["inspect", str(tmp_path / "empty.safetensors")]) == 0
+    assert "0 tensors" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "empty.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tensors": [], "elements": 0, "bits": None, "bytes": 0}
+    assert main(["quantize", str(tmp_path / "empty.safetensors"), str(tmp_path / "out")]) == 1
+    assert "no tensor is chosen: of 0" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_shows_names_to_their_ends(tmp_path, monkeypatch):
+    names = [f"model.language_model.layers.{k}.self_attention.{part}_proj.weight" for k in (0, 31) for part in "qkvo"]
+    safetensors.torch.save_file({name: torch.zeros(64, 64) for name in names}, tmp_path / "in.safetensors")
+    code = "from rich.console import Console as C; import rich.console; "
+    code += "rich.console.Console = lambda **k: C(**k | {'force_terminal': True, 'width': 80, 'color_system': None}); "
+    code += f"from nf4lab.__main__ import main; main(['inspect', {str(tmp_path / 'in.safetensors')!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in done.stdout
+    cells = "".join(line[: len(lines[0].split("stored as")[0]) - 1].strip() for line in lines[1:])
+    assert all(name in cells for name in names), done.stdout + done.stderr
+
+
+# --- what is left behind
+
+
+def test_what_a_killed_run_left_is_named_by_the_next_and_removed_on_request(checkpoint, tmp_path, capsys):
+    out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"x" * 1234)
+    (tmp_path / ".out.not-ours.partial").write_text("precious")
+    assert main(["quantize", str(checkpoint), str(out), "--quiet"]) == 0
+    assert f"nf4lab: {left} (1,234 bytes): left by a run that was killed; --clean removes it" in capsys.readouterr().err
+    assert left.exists()
+    out.unlink()
+    assert main(["quantize", str(checkpoint), str(out), "--quiet", "--clean"]) == 0
+    assert "(1,234 bytes): removed" in capsys.readouterr().err
+    assert not left.exists() and (tmp_path / ".out.not-ours.partial").exists()
+
+
+def test_what_another_run_is_writing_is_no_leftover(tmp_path):
+    with partial.folder_appearing_whole(tmp_path / "out") as folder, partial.appearing_whole(tmp_path / "file") as file:
+        file.write(b"x")
+        assert folder.exists() and partial.leftovers(tmp_path / "out") == partial.leftovers(tmp_path / "file") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    def full(path, mode):
+        (tmp_path / "partial").touch()
+        return open("/dev/full", "wb", buffering=0)
+
+    monkeypatch.setattr(partial, "open", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.safetensors'"):
+        nf4lab.save_quantized(tmp_path / "a.safetensors", {"a": torch.ones(100)})
+
+
+RANDOM = """
+import random, sys, nf4lab.checkpoints.convert as convert
+from nf4lab.__main__ import main
+write, calls, when = convert.quantize, [], int(sys.argv[1])
+def slow(*arguments):
+    calls.append(1)
+    if len(calls) == when:
+        print("now", flush=True)
+        sys.stdin.readline()
+    return write(*arguments)
+convert.quantize = slow
+sys.exit(main(["quantize", *sys.argv[2:], "--quiet", "--max-shard-size", "20KB"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_at_a_random_moment_loses_nothing_and_leaves_nothing_unsaid(tmp_path, number):
+    rng = random.Random(number)
+    source, out = tmp_path / "in.safetensors", tmp_path / "out"
+    torch.manual_seed(0)
+    safetensors.torch.save_file({f"{k}.weight": torch.randn(64, 64) for k in range(20)}, source)
+    before = source.read_bytes()
+    command = [sys.executable, "-c", RANDOM, str(rng.randint(1, 20)), source, out]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "now\n"
+    run.send_signal(number)
+    _, err = run.communicate("\n", timeout=60)
+    assert source.read_bytes() == before and not out.exists()
+    left = partial.leftovers(out)
+    if number == signal.SIGKILL:
+        assert run.returncode == -number and len(left) == 1
+    else:
+        assert run.returncode == 128 + number and err.count("\n") == 1 and not left
+    assert main(["quantize", str(source), str(out), "--clean", "--quiet", "--max-shard-size", "20KB"]) == 0
+    assert len(nf4lab.load_quantized(out)) == 20 and not partial.leftovers(out)
