@@ -8,8 +8,8 @@ import torch
 
 import nf4lab
 from nf4lab.beyond.learning import k_means, learn_format, learn_rows, nearest_words, vector_codebook
-from nf4lab.beyond.starts import loftq, low_rank, pissa
 from nf4lab.formats import FORMATS
+from nf4lab.layers.starts import loftq, low_rank, pissa
 
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
 
@@ -141,3 +141,38 @@ def test_loftq_never_does_worse_with_more_steps(w):
 def test_a_rank_that_the_matrix_does_not_have_is_refused(rank, shape):
     with pytest.raises(ValueError, match=f"got {rank} for"):
         loftq(torch.ones(shape), rank, nf4lab.quantize)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_adapters_start_where_the_error_is(w, init, double_quant):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 16))
+    model[0].weight.data.copy_(w)
+    originals = {name: value.clone() for name, value in model.state_dict().items()}
+    nf4lab.quantize_model_(model, "fp4", 32, double_quant)
+    plain = model[0].quantized
+    trained = nf4lab.add_lora_(model, rank=4, alpha=10, init=init, originals=originals)
+    layer = model[0]
+    assert [p.shape for p in trained] == [(4, 256), (16, 4)] and not layer.base.bias.requires_grad
+    assert layer.base.quantized.bits_per_weight == plain.bits_per_weight and layer.base.quantized.format == plain.format
+    assert nf4lab.mse(w, layer.merge().weight) < nf4lab.mse(w, plain.dequantize())
+    x = torch.randn(3, 256)
+    assert torch.allclose(model(x), x @ layer.merge().weight.T + originals["0.bias"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "gaussian"}, "init must be 'zero', 'loftq', 'pissa'; got 'gaussian'"),
+        ({"init": "loftq"}, r"needs an original '0.weight' of shape \(16, 256\); got none"),
+        ({"init": "pissa", "originals": {"0.weight": torch.ones(2, 2)}}, r"got \(2, 2\)"),
+    ],
+)
+def test_starts_that_cannot_be_made_leave_the_model_as_it_was(changes, message):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 16))
+    nf4lab.quantize_model_(model)
+    with pytest.raises(ValueError, match=message):
+        nf4lab.add_lora_(model, **changes)
+    assert isinstance(model[0], nf4lab.Linear4bit)
+    with pytest.raises(ValueError, match="starts from a 4-bit base; layer '0' is a Linear"):
+        nf4lab.add_lora_(torch.nn.Sequential(torch.nn.Linear(4, 4)), init="pissa", originals={})

@@ -5,13 +5,18 @@ Source: LoRA (arXiv:2106.09685); on a 4-bit base, QLoRA (arXiv:2305.14314), sect
 
 import copy
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
+from nf4lab.layers.starts import STARTS
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 
 
@@ -76,19 +81,58 @@ class LoRALinear(nn.Module):
 def add_lora_(
     model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
     *, include: Choice = "*", exclude: Choice = (), dtype: torch.dtype = torch.float32,
+    init: str = "zero", originals: Mapping[str, Tensor] | None = None,
 ) -> list[nn.Parameter]:  # fmt: skip
     """Freeze `model` and put an adapter on its linear layers, in place; return the adapters' parameters, to train.
 
-    Linear4bit and plain torch.nn.Linear alike. include, exclude: as for `nf4lab.quantize_model_`, with its errors, and
-    ValueError where the model has adapters already.
+    Linear4bit and plain torch.nn.Linear alike. include, exclude: as for `nf4lab.quantize_model_`.
+    init: "zero", at which the model computes what it did, or "loftq" or "pissa" (`nf4lab.layers.starts`), which start
+    from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
+    the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
+
+    Raises as `nf4lab.quantize_model_`; ValueError where the model has adapters already, for an unknown init, and where
+    a layer has no original of its shape, or is not in 4 bits, under "loftq" and "pissa". The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
+    if init != "zero" and init not in STARTS:
+        raise ValueError(f"init must be 'zero', {', '.join(map(repr, STARTS))}; got {init!r}")
     chosen = choose_layers(model, _can_adapt, include, exclude)
+    if init != "zero":
+        _check_originals(model, [names[0] for names in chosen], originals or {}, init)
     model.requires_grad_(False)
     for names in chosen:
-        replace_layer(model, names, LoRALinear(model.get_submodule(names[0]), rank, alpha, dropout, dtype))
+        layer = LoRALinear(model.get_submodule(names[0]), rank, alpha, dropout, dtype)
+        if init != "zero":
+            _start(layer, originals[f"{names[0]}.weight"], init)
+        replace_layer(model, names, layer)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str, Tensor], init: str) -> None:
+    for name in names:
+        layer, original = model.get_submodule(name), originals.get(f"{name}.weight")
+        wanted = (layer.out_features, layer.in_features)
+        if not isinstance(layer, Linear4bit):
+            raise ValueError(f"init {init!r} starts from a 4-bit base; layer {name!r} is a {type(layer).__name__}")
+        if original is None or original.shape != wanted:
+            got = "none" if original is None else tuple(original.shape)
+            raise ValueError(f"init {init!r} needs an original {name + '.weight'!r} of shape {wanted}; got {got}")
+
+
+@torch.no_grad()
+def _start(layer: LoRALinear, original: Tensor, init: str) -> None:
+    """Base and adapter from `STARTS`, the base stored as it was."""
+    base, before = layer.base, layer.base.quantized
+    scheme = before.stored_scale.double_quant if isinstance(before.stored_scale, QuantizedConstants) else False
+
+    def stored_as_before(w: Tensor) -> QuantizedTensor:
+        return quantize(w, before.format, before.block_size, scheme)
+
+    weight, a, b = STARTS[init](original.to(base.packed.device), layer.rank, stored_as_before)
+    layer.base = Linear4bit(replace(weight, dtype=base.dtype), base.bias, base.compute_dtype).train(base.training)
+    layer.lora_A.copy_(a / layer.scaling**0.5)
+    layer.lora_B.copy_(b / layer.scaling**0.5)
 
 
 def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -51,6 +51,9 @@ def low_rank(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
+STARTS = {"loftq": loftq, "pissa": pissa}
+
+
 def _checked(w: Tensor, rank: int) -> Tensor:
     if w.dim() != 2 or not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank must lie between 1 and the smaller side of a matrix; got {rank} for {tuple(w.shape)}")
