@@ -69,7 +69,7 @@ def quantize_checkpoint(
     """
     source, target = Path(source), Path(os.path.abspath(target))
     how, limit = How.of(format, block_size, double_quant, device), bytes_of(max_shard_size)
-    _check_target(target)
+    check_target(target)
     is_folder = source.is_dir() or source.suffix == ".json"
     with opened(source) as files, _progress_bar(files, progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
@@ -95,7 +95,7 @@ def quantize_checkpoint(
     return result | _what_stays(entries, chosen, others) | {"left_out": left_out}
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     """Raise where nothing can be written under the target's name."""
     if target.exists():
         raise FileExistsError(f"{target} exists already; nothing was written")

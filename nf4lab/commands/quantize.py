@@ -31,6 +31,10 @@ def add_to(subparsers) -> None:
     option("--include", action="append", metavar="PATTERN", help="quantize these only; one that names what would stay, "
            "as '*lm_head*' or '*experts*' and not '*', has it quantized")  # fmt: skip
     option("--exclude", action="append", default=[], metavar="PATTERN", help="keep these too")
+    option("--rotate", nargs="?", type=int, const=0, metavar="SEED", help="fold a random rotation into a model "
+           "of the Llama kind first")  # fmt: skip
+    option("--calibrate", type=Path, metavar="TEXT", help="a text file: choose codes for the outputs that a language "
+           "model's layers have on it (GPTQ)")  # fmt: skip
     option("--max-shard-size", metavar="SIZE", help="write a folder of shards of at most so many bytes: 5GB, 500MiB")
     option("--device", default="cpu", help="where to quantize: cpu, cuda, cuda:1; by default cpu")
     option("--scheduler", metavar="ADDRESS", help="have the workers of a Dask cluster, which see the same files, write "
@@ -43,6 +47,8 @@ def add_to(subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Quantize, and say how many bytes became how many, what stays and what was left out."""
     _leftovers(options)
+    if options.rotate is not None or options.calibrate is not None:
+        return _quantize_language_model(options)
     one_file = Path(options.source).is_file() and not options.source.endswith(".json") and not options.max_shard_size
     if one_file and options.target.endswith(("/", "\\")):
         raise ValueError(f"OUT {options.target!r} names a folder, and IN is one file: name the file to write")
@@ -58,6 +64,25 @@ def run(options: argparse.Namespace) -> int:
     )
     if not options.quiet:
         _print_the_rest(counts)
+    return 0
+
+
+def _quantize_language_model(options: argparse.Namespace) -> int:
+    """The same for a whole language model in memory, rotated or calibrated first."""
+    from nf4lab.beyond.language_models import quantize_language_model
+
+    for name in ("scheduler", "max_shard_size"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} takes tensors one by one; --rotate and --calibrate a model")
+    text = None if options.calibrate is None else options.calibrate.read_text(encoding="utf-8")
+    rows = quantize_language_model(
+        options.source, options.target, options.format, options.block_size, options.double_quant,
+        rotate=options.rotate, text=text, include=options.include or "*", exclude=options.exclude,
+        device=options.device, progress=not options.quiet,
+    )  # fmt: skip
+    how = [f"rotated with seed {options.rotate}"] if options.rotate is not None else []
+    how += [f"calibrated on {options.calibrate}"] if text is not None else []
+    print(f"{options.target}: {len(rows)} layers quantized, {' and '.join(how)}; {rows.kept_share:.1%} stays")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A whole model in 4 bits: its layers quantized one at a time, then put in place all at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ def quantize_model_(
     *,
     include: Choice = "*",
     exclude: Choice = (),
+    hessians: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> QuantizedLayers:
     """Put the matrices of `model` that multiply into 4 bits, in place; return a row for each, and what stays and why.
@@ -93,6 +94,8 @@ def quantize_model_(
     include, exclude: patterns of dotted names ("*.attention.*"), or functions of (name, layer). A pattern of `include`
     that names what would stay ("*lm_head*", but not "*") has it quantized all the same. A layer used in two places is
     quantized once and stays shared.
+    hessians: the second moments of layers' inputs by dotted name, from `nf4lab.calibrate`, for error feedback; a layer
+    that has none is rounded to nearest.
     progress: a bar, where the work takes more than two seconds.
 
     All or nothing: each layer is quantized before the first is replaced. Beside the model, memory is needed for its
@@ -111,7 +114,7 @@ def quantize_model_(
         _check_replaceable(candidate)
     made = []
     for candidate in tqdm(chosen, desc="quantize", unit="layer", delay=2, disable=not progress):
-        made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype))
+        made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype, hessians))
     for candidate, (layer, _) in zip(chosen, made, strict=True):
         _put(model, candidate, layer)
     for _, part in transformers_models(model):
@@ -156,14 +159,14 @@ def _check_replaceable(candidate: Candidate) -> None:
 
 
 def _quantized(
-    candidate: Candidate, format, block_size, double_quant, compute_dtype
+    candidate: Candidate, format, block_size, double_quant, compute_dtype, hessians
 ) -> tuple[nn.Module, QuantizedLayer]:
     """The 4-bit layer for a candidate, which stays as it is, and the layer's row. An error names the layer."""
     layer, name = candidate.module, candidate.names[0]
     weight = getattr(layer, name.rpartition(".")[2]) if candidate.kind == "experts" else layer.weight
     weight = weight.detach().T if candidate.kind == "conv1d" else weight.detach()
     try:
-        q = quantize(weight, format, block_size, double_quant)
+        q = quantize(weight, format, block_size, double_quant, hessian=(hessians or {}).get(name))
         new = Experts4bit(q) if candidate.kind == "experts" else Linear4bit(q, layer.bias, compute_dtype)
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from None

@@ -1,0 +1,95 @@
+"""A language model's folder rotated and calibrated, then read by transformers and bitsandbytes."""
+
+import architectures
+import pytest
+import torch
+
+from nf4lab.__main__ import main
+from nf4lab.beyond.language_models import quantize_language_model, windows
+
+transformers = pytest.importorskip("transformers")
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("llama")
+    architectures.make("Llama").save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, [], unk_token=alphabet[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def logits(model):
+    return model(torch.arange(30)[None]).logits
+
+
+@pytest.mark.parametrize("rotate", [None, 3])
+@pytest.mark.parametrize("text", [None, TEXT])
+def test_transformers_and_bitsandbytes_read_what_is_written(folder, tmp_path, rotate, text):
+    pytest.importorskip("bitsandbytes")
+    rows = quantize_language_model(folder, tmp_path / "out", rotate=rotate, text=text, block_size=32)
+    assert len(rows) == 14
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    share = (logits(theirs) - logits(original)).square().mean() / logits(original).square().mean()
+    assert share < 0.05
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("fox")["input_ids"]
+
+
+def test_calibration_lowers_the_error_on_its_own_text(folder, tmp_path):
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"][:64]
+    with torch.no_grad():
+        original = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits
+    error = {}
+    for name, text in (("nearest", None), ("corrected", TEXT)):
+        quantize_language_model(folder, tmp_path / name, rotate=0, text=text, block_size=32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            error[name] = (model(torch.tensor([ids])).logits - original).square().mean().item()
+    assert error["corrected"] < 0.5 * error["nearest"]
+
+
+def test_the_command_line_rotates_and_calibrates(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [str(folder), str(tmp_path / "out"), "--block-size", "32", "--quiet"]
+    assert main(["quantize", *arguments, "--rotate", "7", "--calibrate", str(tmp_path / "text.txt")]) == 0
+    assert "14 layers quantized, rotated with seed 7 and calibrated on" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "nowhere"}, "is no folder with a config.json"),
+        ({"text": ""}, "the text to calibrate with has no token"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(folder, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_language_model(**{"source": folder, "target": tmp_path / "out", "rotate": 0} | arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_folder_and_a_model_of_another_kind_are_refused(folder, tmp_path):
+    quantize_language_model(folder, tmp_path / "once", block_size=32)
+    with pytest.raises(ValueError, match="is quantized already, by bitsandbytes"):
+        quantize_language_model(tmp_path / "once", tmp_path / "twice", rotate=0)
+    architectures.make("Gemma").save_pretrained(tmp_path / "gemma")
+    with pytest.raises(ValueError, match="rotations fold into models of the Llama kind"):
+        quantize_language_model(tmp_path / "gemma", tmp_path / "rotated", rotate=0)
+    assert not (tmp_path / "rotated").exists()
+
+
+def test_windows_hold_every_token_once():
+    ids = list(range(1100))
+    pieces = list(windows(ids, architectures.make("Llama").config, "cpu"))
+    assert torch.cat(pieces, dim=1)[0].tolist() == ids
+    assert max(piece.shape[1] for piece in pieces) == 64  # the model's positions
