@@ -1,13 +1,20 @@
-"""The house: pins and ranges agree, nothing that is made is stored."""
+"""The house: pins and ranges agree, nothing that is made is stored, arrows between rooms point down."""
 
+import ast
 import importlib.metadata
 import json
 import subprocess
+import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
+from walks import walk
+
+import nf4lab
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,3 +58,56 @@ def test_no_notebook_stores_outputs():
     for path in listed.stdout.split():
         cells = [c for c in json.loads((ROOT / path).read_text())["cells"] if c["cell_type"] == "code"]
         assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), path
+
+
+def imported():
+    """{module: what it imports of the package when it is loaded}; the package's own front is left out."""
+    found = {}
+    for path in sorted((ROOT / "nf4lab").rglob("*.py")):
+        if "public" in path.parts or path == ROOT / "nf4lab" / "__init__.py":
+            continue
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        imports = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imports |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+        found[name] = {target for target in imports if target.startswith("nf4lab.")}
+    return found
+
+
+def arrows():
+    """{room: the rooms that it uses}: a room is a folder or a single file of the package."""
+    uses = {}
+    for name, targets in imported().items():
+        room = name.split(".")[1]
+        uses.setdefault(room, set()).update({target.split(".")[1] for target in targets} - {room})
+    return {room: used & set(uses) for room, used in uses.items()}
+
+
+def test_arrows_between_rooms_make_no_circle():
+    TopologicalSorter(arrows()).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_rooms_at_the_bottom_use_only_what_is_below_them():
+    uses = arrows()
+    assert uses["codebooks"] == uses["kernels"] == set()
+    assert uses["formats"] == {"codebooks"}
+    assert uses["backends"] == {"formats"}  # kernels are loaded when they are used
+    assert uses["blockwise"] == {"backends", "formats"}
+
+
+def test_quantizing_goes_from_file_to_file_no_more_than_it_must():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    nf4lab.quantize(x, backend="torch")  # levels are derived once
+    assert walk(lambda: nf4lab.quantize(x, backend="torch")).counts[2] <= 8
+
+
+def test_importing_the_package_loads_neither_scipy_stats_nor_numba_nor_matplotlib():
+    script = (
+        "import sys, nf4lab; print(sorted({'scipy.stats', 'numba', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
