@@ -25,6 +25,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from provenance import provenance
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import nf4lab
@@ -47,6 +48,8 @@ def alternate(calls, rounds, device, *, repeats=1, warmup=1, idle=True):
         for _ in range(warmup):
             call()
     samples = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()  # as timeit does: whose turn it is when garbage is looked for would be chance
     for _ in range(rounds):
         for name, call in calls.items():
             synchronize(device)
@@ -57,7 +60,35 @@ def alternate(calls, rounds, device, *, repeats=1, warmup=1, idle=True):
                 synchronize(device)
             samples[name].append((time.perf_counter() - start) / repeats)
     synchronize(device)
+    gc.enable()
     return samples
+
+
+KERNELS = {  # what a kernel does, by what stands in its name; the first that fits
+    "dequantize": ("dequantize",),
+    "multiply": ("gemm", "gemv", "nvjet", "cutlass", "splitk", "few_rows"),
+    "attention": ("flash", "fmha", "attention"),
+}
+
+
+def record_gpu_time(operation, calls, **details):
+    """What the GPU itself works on one call, in ms, by kind of kernel, and how many kernels it is."""
+    for by, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            call()
+            torch.cuda.synchronize()
+        events = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.name]
+        spent = dict.fromkeys([*KERNELS, "the rest"], 0.0)
+        for event in events:
+            name = event.name.lower()
+            kind = next((kind for kind, words in KERNELS.items() if any(w in name for w in words)), "the rest")
+            spent[kind] += event.device_time / 1e3
+        records.append({"operation": f"GPU time of a {operation}", "by": by, **details, "unit": "ms",
+                        "median": sum(spent.values()), "kernels": len(events), "of": spent})  # fmt: skip
+        print(f"GPU time of a {operation} {details} {by}: {sum(spent.values()):.2f} ms, {len(events)} kernels,",
+              {kind: round(ms, 2) for kind, ms in spent.items()}, flush=True)  # fmt: skip
 
 
 def record(operation, unit, samples, **details):
@@ -213,6 +244,18 @@ def graph_of(call):
     return graph.replay
 
 
+def measure_alone(models, args, layers):
+    """The linear layers of a decoding step and nothing else, one after the other in a CUDA graph."""
+    calls = {}
+    for kind, model in models.items():
+        found = block_layers(model)
+        widths = {layer.in_features for layer in found}
+        inputs = {k: torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16) for k in widths}
+        calls[kind] = graph_of(lambda found=found, inputs=inputs: [x(inputs[x.in_features]) for x in found])
+    samples = alternate(calls, 2 * args.rounds, "cuda", warmup=3)
+    record("linear layers of it alone, graph", "ms", scaled(samples, 1e3), layers=layers)
+
+
 @torch.no_grad()
 def measure_decode(models, args):
     steps = {}
@@ -223,13 +266,8 @@ def measure_decode(models, args):
     if args.device == "cuda":
         graphs = {kind: graph_of(step) for kind, step in steps.items()}
         record("decode step, graph", "ms", scaled(alternate(graphs, 2 * args.rounds, args.device, warmup=3), 1e3))
-        alone = {}
-        for kind, model in models.items():
-            layers = block_layers(model)
-            inputs = {k: torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16)
-                      for k in {layer.in_features for layer in layers}}  # fmt: skip
-            alone[kind] = graph_of(lambda layers=layers, inputs=inputs: [x(inputs[x.in_features]) for x in layers])
-        record("linear layers of it alone, graph", "ms", scaled(alternate(alone, 2 * args.rounds, "cuda"), 1e3))
+        measure_alone(models, args, args.layers)
+        record_gpu_time("decode step", steps)
     ids = torch.randint(0, args.vocabulary, (1, 32), device=args.device)
     settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
     for count in (4, args.new_tokens):  # the first time only warms up
@@ -264,14 +302,7 @@ def measure_compiled(args):
     samples = alternate(calls, 4 * args.rounds, args.device, warmup=5)
     record("decode step, compiled", "ms", scaled(samples, 1e3), layers=args.compiled_layers)
     if args.device == "cuda":
-        alone = {}
-        for kind, model in models.items():
-            layers = block_layers(model)
-            inputs = {k: torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16)
-                      for k in {layer.in_features for layer in layers}}  # fmt: skip
-            alone[kind] = graph_of(lambda layers=layers, inputs=inputs: [x(inputs[x.in_features]) for x in layers])
-        samples = alternate(alone, 2 * args.rounds, "cuda")
-        record("linear layers of it alone, graph", "ms", scaled(samples, 1e3), layers=args.compiled_layers)
+        measure_alone(models, args, args.compiled_layers)
 
 
 def training_step(model, kind, args):
@@ -312,9 +343,10 @@ def measure_training(models, args):
     for tokens in args.tokens:
         ids = torch.randint(0, args.vocabulary, (1, tokens), device=args.device)
         calls = {kind: lambda step=step: step(ids) for kind, step in steps.items()}
-        rounds = max(3, args.rounds // 2)
+        rounds = args.rounds if tokens < 4096 else 3
         record("LoRA step", "ms", scaled(alternate(calls, rounds, args.device), 1e3), tokens=tokens)
         if args.device == "cuda":
+            record_gpu_time("LoRA step", calls, tokens=tokens)
             for kind, call in calls.items():
                 before = held(args)
                 torch.cuda.reset_peak_memory_stats()

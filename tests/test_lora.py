@@ -1,11 +1,13 @@
 """LoRA on a frozen layer: where it starts, what trains, what merging gives, and that PEFT on bitsandbytes agrees."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nf4lab
 
@@ -59,6 +61,14 @@ def test_gradients_of_input_and_factors_agree_with_finite_differences():
         return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, x)
 
     assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
+    small = nf4lab.LoRALinear(nf4lab.Linear4bit.from_linear(nn.Linear(5, 4, dtype=torch.float64)), 2, 4, 0, x.dtype)
+    few = normal(2, 5, dtype=torch.float64).requires_grad_()
+    factors = [nn.init.normal_(factor).detach().requires_grad_() for factor in (small.lora_A, small.lora_B)]
+
+    def g(x, a, b):
+        return torch.func.functional_call(small, {"lora_A": a, "lora_B": b}, x)
+
+    assert torch.autograd.gradgradcheck(g, (few, *factors))
 
 
 def test_the_factors_start_as_in_peft():
@@ -68,6 +78,42 @@ def test_the_factors_start_as_in_peft():
     assert layer.lora_A.abs().max() <= bound
     # of 65,536 uniform values the largest is within 1e-3 of the end but for a chance of exp(-65)
     assert layer.lora_A.abs().max() > 0.999 * bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_step_at_once_gives_the_bits_of_autograd_step_by_step(dropout, autocast, device):
+    layer = adapted(nf4lab.Linear4bit.from_linear(nn.Linear(100, 37, bias=False)), dropout=dropout).to(device)
+    x = normal(2, 9, 100, device=device).requires_grad_()
+    grad = normal(2, 9, 37, seed=4, device=device)
+    found = []
+    for mode in (contextlib.nullcontext(), Watch()):
+        torch.manual_seed(5)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast), mode:
+            y = layer(x)
+        found.append([y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), grad.to(y.dtype))])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+    assert found[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every op, so that no step is hidden from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_last_layer_of_a_checkpointed_block_is_not_multiplied_again():
+    from torch.utils.checkpoint import checkpoint
+
+    layers = nn.Sequential(*(adapted(nf4lab.Linear4bit.from_linear(nn.Linear(64, 64, bias=False))) for _ in range(3)))
+    x, seen = normal(5, 64).requires_grad_(), []
+    for number, layer in enumerate(layers):
+        layer.base.register_forward_hook(lambda *args, number=number: seen.append(number))
+    checkpoint(layers, x, use_reentrant=False).sum().backward()
+    assert seen == [0, 1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("quantized", [True, False])

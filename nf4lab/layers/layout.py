@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.formats import FORMATS, Format
-from nf4lab.formats import normalizations as known_normalizations
+from nf4lab.formats import FORMATS, NORMALIZATIONS, Format
 from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 
 KINDS = ("stored_scale", "stored_location")
@@ -101,15 +100,15 @@ def _word(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if callable(value):
-        name = getattr(value, "__name__", "")
-        return name if getattr(known_normalizations, name, None) is value else None
+        return next((name for name, row in NORMALIZATIONS.items() if row.rule is value), None)
     return value
 
 
 def _format(words: str | dict[str, Any]) -> Format:
     if isinstance(words, str):
         return FORMATS[words]
-    normalize = getattr(known_normalizations, words["normalize"] or "", _unknown)
+    name = words["normalize"]
+    normalize = NORMALIZATIONS[name].rule if name else _unknown
     levels = torch.tensor(words["levels"], dtype=torch.float32, device="cpu")
     made = {"levels": levels, "normalize": normalize, "constants_dtype": getattr(torch, words["constants_dtype"])}
     return Format(**words | made | {"search": tuple(words["search"])})

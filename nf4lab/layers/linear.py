@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
 from nf4lab.formats import Format
 from nf4lab.formats.double_quant import DoubleQuant
-from nf4lab.layers.ops import autocast_dtype, linear, linear_onto
+from nf4lab.layers.ops import linear
+from nf4lab.layers.prepared import autocast_dtype
 from nf4lab.layers.stored import Stored4bit
 
 
@@ -56,24 +57,18 @@ class Linear4bit(Stored4bit):
         weight = quantize(layer.weight, format, block_size, double_quant)
         return cls(weight, layer.bias, compute_dtype).train(layer.training)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """x (…, in_features) to (…, out_features), added onto a tensor of that shape where one is given.
-
-        onto: what comes of x by another way, as in LoRA. It may be overwritten.
-        Raises ValueError where x's last dimension is another.
-        """
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features in its last dimension; got {tuple(x.shape)}")
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in_features) to (…, out_features). Raises ValueError where the last dimension is another."""
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features in its last dimension; got {tuple(shape)}")
         outside = autocast_dtype(x) or x.dtype
-        dtype = self.compute_dtype or outside
-        bias = self.bias
+        dtype, parameters = self.compute_dtype or outside, self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - the attribute is slow
         x = x if x.dtype is dtype else x.to(dtype)
-        if onto is not None and bias is None and onto.dtype is outside is dtype:
-            return linear_onto(x, self.stored(), onto, self.layout)
         bias = bias if bias is None or bias.dtype is dtype else bias.to(dtype)
         y = linear(x, self.stored(), bias, self.layout)
-        y = y if dtype is outside else y.to(outside)
-        return y if onto is None else y + onto
+        return y if dtype is outside else y.to(outside)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A torch.nn.Linear with W_hat and a copy of the bias in `dtype` (default: the layer's)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
-from nf4lab.layers.ops import autocast_dtype
+from nf4lab.layers.prepared import autocast_dtype
 from nf4lab.layers.starts import STARTS
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 
@@ -48,17 +48,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) to (…, out_features).
 
-        Scaled is what has rank numbers a row, and the frozen product is added onto the adapter's: two products and
-        nothing else of the output's size. The adapter goes first, since it alone keeps something for the backward
-        pass: activation checkpointing runs a layer again only as far as that.
+        The adapter goes first. It alone keeps something for the backward pass, and activation checkpointing runs a
+        layer again only as far as the last of what is kept: in the last layer of a block, not the frozen product.
         """
-        rows = x.reshape(-1, self.in_features)
-        inside = self.dropout(rows)
-        inside = inside if autocast_dtype(x) else inside.to(self.lora_A.dtype)
-        inside = F.linear(inside, self.lora_A) * self.scaling  # (rows, rank)
-        y = F.linear(inside, self.lora_B).to(autocast_dtype(x) or x.dtype)
-        y = self.base(rows, y) if isinstance(self.base, Linear4bit) else self.base(rows) + y
-        return y.reshape(*x.shape[:-1], self.out_features)
+        rows, dtype = x.reshape(-1, self.in_features), autocast_dtype(x) or self.lora_A.dtype
+        inputs = self.dropout(rows) if self.training and self.dropout.p else rows
+        inputs, a, b = (t if t.dtype is dtype else t.to(dtype) for t in (inputs, self.lora_A, self.lora_B))
+        change = F.linear(F.linear(inputs, a) * self.scaling, b)  # scaled where a row has only rank numbers
+        y = self.base(rows)
+        return (y + change.to(y.dtype)).reshape(*x.shape[:-1], self.out_features)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """One plain layer that does the same: weight W_hat + scaling * B A, in `dtype` (default: the base's).

@@ -9,8 +9,6 @@ A plain call goes past the ops, straight to what is prepared; whoever has to see
 mode, a subclass of Tensor, torch.func) sees one. Both compute the same bits.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,20 +27,8 @@ def linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) ->
     if not is_plain(x, stored[0], bias):
         return _seen(x, stored, bias, layout)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return FrozenLinear.apply(x, bias, stored, layout)
-    return _linear(x, stored, bias, layout)
-
-
-def linear_onto(x: Tensor, stored: list[Tensor], onto: Tensor, layout: str) -> Tensor:
-    """onto + x W_hat^T, for x (…, k) and a result (…, n) of something else, which a plain call overwrites."""
-    if not is_plain(x, stored[0], onto):
-        if in_transform():
-            return _seen(x, stored, None, layout) + onto
-        return torch.ops.nf4lab.linear_onto(x, stored, onto, layout)
-    if torch.is_grad_enabled() and (x.requires_grad or onto.requires_grad):
-        return FrozenOnto.apply(x, onto, stored, layout)
-    with no_autocast(x):
-        return prepared(stored, layout, x.dtype).product(x, stored, None, onto)
+        return _apply(x, bias, stored, layout)
+    return prepared(stored, layout, x.dtype).product(x, stored, bias)
 
 
 def _seen(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
@@ -58,18 +44,17 @@ def in_transform() -> bool:
 
 
 def is_plain(x: Tensor, packed: Tensor, other: Tensor | None) -> bool:
-    """Whether nobody has to see an op: these are plain tensors with memory of their own, and nothing records calls."""
-    return (
-        not is_compiling()  # first: torch.compile reads no further
-        and type(x) in PLAIN
-        and type(packed) in PLAIN
-        and (other is None or type(other) in PLAIN)
-        and (x.is_cuda or x.is_cpu)
-        and not dispatch_modes()
-        and not in_transform()
-        and tracing() is None
-        and forward_ad._current_level < 0
-        and not x.is_neg()
+    """Whether nobody has to see an op: the tensors are plain ones, and nothing watches or records what is done."""
+    return not (
+        is_compiling()  # first: torch.compile reads no further
+        or type(x) not in PLAIN
+        or type(packed) not in PLAIN
+        or (other is not None and type(other) not in PLAIN)
+        or not (x.is_cuda or x.is_cpu)
+        or dispatch_modes()
+        or transform() is not None
+        or tracing() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -78,7 +63,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, stored, layout):
-        ctx.stored, ctx.versions, ctx.layout = stored, versions_of(stored), layout
+        ctx.weight = stored, layout, versions_of(stored)
         return _linear(x, stored, bias, layout)
 
     @staticmethod
@@ -88,71 +73,41 @@ class FrozenLinear(torch.autograd.Function):
         return grad_x, grad_bias, None, None
 
 
-class FrozenOnto(torch.autograd.Function):
-    """What autograd needs of `linear_onto`."""
-
-    @staticmethod
-    def forward(ctx, x, onto, stored, layout):
-        ctx.stored, ctx.versions, ctx.layout = stored, versions_of(stored), layout
-        ctx.mark_dirty(onto)
-        with no_autocast(x):
-            return prepared(stored, layout, x.dtype).product(x, stored, None, onto)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return input_grad(ctx, grad) if ctx.needs_input_grad[0] else None, grad, None, None
-
-
 def input_grad(ctx, grad: Tensor) -> Tensor:
     """grad W_hat. Raises RuntimeError where the weight has been changed in place since the forward pass."""
-    if versions_of(ctx.stored) != ctx.versions:
+    stored, layout, versions = ctx.weight
+    if versions_of(stored) != versions:
         raise RuntimeError("a 4-bit weight has been modified in place between the forward and the backward pass")
-    if torch.is_grad_enabled() or not is_plain(grad, ctx.stored[0], None):
-        return torch.ops.nf4lab.linear_input_grad(grad, ctx.stored, ctx.layout)
-    return _linear_input_grad(grad, ctx.stored, ctx.layout)
+    if torch.is_grad_enabled() or not is_plain(grad, stored[0], None):
+        return torch.ops.nf4lab.linear_input_grad(grad, stored, layout)
+    return _linear_input_grad(grad, stored, layout)
 
 
 def versions_of(stored: list[Tensor]) -> list[int]:
-    """How often each tensor has been changed in place. Inference tensors, which autograd does not watch, count none."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in stored]
+    """How often each tensor has been changed in place; for inference tensors, which nobody watches, nothing."""
+    try:
+        return [tensor._version for tensor in stored]
+    except RuntimeError:
+        return []
+
+
+# `Function.apply` looks for transforms of torch.func first; here there are none.
+_apply = super(torch.autograd.Function, FrozenLinear).apply
 
 
 # --- the ops
 
 
 def _linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
-    with no_autocast(x):
-        return prepared(stored, layout, x.dtype).product(x, stored, bias, None)
-
-
-def _linear_onto(x: Tensor, stored: list[Tensor], onto: Tensor, layout: str) -> Tensor:
-    with no_autocast(x):
-        return prepared(stored, layout, x.dtype).product(x, stored, None, onto.clone())
+    return prepared(stored, layout, x.dtype).product(x, stored, bias)
 
 
 def _linear_input_grad(grad: Tensor, stored: list[Tensor], layout: str) -> Tensor:
-    with no_autocast(grad):
-        return prepared(stored, layout, grad.dtype).input_grad(grad, stored)
+    return prepared(stored, layout, grad.dtype).input_grad(grad, stored)
 
 
 def _dequantize(stored: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     return prepared(stored, layout, dtype).weight(stored)
-
-
-_AS_IT_IS = contextlib.nullcontext()
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """The layer has chosen the dtype; autocast, whose state an op inherits, must not choose again."""
-    if autocast_dtype(x) in (None, x.dtype):
-        return _AS_IT_IS
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would compute in on x's device; None where it is off."""
-    kind = "cuda" if x.is_cuda else x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def _fake_linear(x, stored, bias, layout):
@@ -183,12 +138,6 @@ def _linear_backward(ctx, grad):
     return grad_x, [None] * len(stored), grad_bias, None
 
 
-def _linear_onto_backward(ctx, grad):
-    stored = list(ctx.saved_tensors)
-    grad_x = torch.ops.nf4lab.linear_input_grad(grad, stored, ctx.layout) if ctx.needs_input_grad[0] else None
-    return grad_x, [None] * len(stored), grad, None
-
-
 def _linear_input_grad_backward(ctx, grad):
     """The gradient of a gradient: grad_y W_hat is linear in grad_y, with the forward pass as its derivative."""
     stored = list(ctx.saved_tensors)
@@ -211,10 +160,6 @@ def _define(schema, implementation, fake, backward=None):
 _define(
     "linear(Tensor x, Tensor[] stored, Tensor? bias, str layout) -> Tensor",
     _linear, _fake_linear, _linear_backward,
-)  # fmt: skip
-_define(
-    "linear_onto(Tensor x, Tensor[] stored, Tensor onto, str layout) -> Tensor",
-    _linear_onto, _fake_linear, _linear_onto_backward,
 )  # fmt: skip
 _define(
     "linear_input_grad(Tensor grad, Tensor[] stored, str layout) -> Tensor",

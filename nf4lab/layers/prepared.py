@@ -1,12 +1,14 @@
 """A stored weight made ready to multiply in one dtype, so that a call does only what a call must.
 
 What cannot change between two calls (the kernel, its constants, most of its arguments, the checks) is found once and
-kept for as long as the weight's first tensor lives. It is used only while every tensor is the very one, at the very
-address, that it was made for; it holds none of them, so that they can be freed, moved or offloaded.
+kept for as long as the weight's tensors live. It is used only while every tensor is the very one, at the very address,
+that it was made for; it holds none of them, so that they can be freed, moved or offloaded.
 """
 
+import contextlib
 import functools
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +21,35 @@ from nf4lab.layers.layout import rebuilt
 class Prepared:
     """The products of a weight of shape (n, k) with tensors of one dtype on the weight's device."""
 
-    def __init__(self, stored: list[Tensor], layout: str, dtype: torch.dtype, forget=None):
+    def __init__(self, stored: Sequence[Tensor], layout: str, dtype: torch.dtype, forget):
         q = rebuilt(stored, layout, dtype)
         self.layout, self.dtype, self.shape = layout, dtype, tuple(q.shape)
         self.device, self.where = q.packed.device, q.packed.get_device()
-        self.tensors = [(weakref.ref(tensor, forget), tensor.data_ptr()) for tensor in stored]
+        self.addresses = [tensor.data_ptr() for tensor in stored]
+        self.watched = [weakref.ref(tensor, forget) for tensor in stored]
         parts = q.packed, q.stored_scale, q.format, self.shape, q.block_size, dtype
         self.gemv, self.fill = backends.prepare(*parts) if len(self.shape) == 2 else (None, None)
         self.fused_rows = self.gemv.rows if self.gemv else 0
 
-    def fits(self, stored: list[Tensor]) -> bool:
-        """Whether these are the tensors that this was made for, where they were."""
-        for (tensor, address), given in zip(self.tensors, stored, strict=True):
-            if tensor() is not given or given.data_ptr() != address:
-                return False
-        return True
-
-    def product(self, x: Tensor, stored: list[Tensor], bias: Tensor | None, onto: Tensor | None) -> Tensor:
-        """x W_hat^T + bias for x (…, k), or x W_hat^T added onto a tensor (…, n), which it overwrites."""
+    def product(self, x: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """x W_hat^T + bias, for x (…, k) and bias (n,)."""
         n, k = self.shape
         rows = x.numel() // k if k else 0
         if 0 < rows <= self.fused_rows and x.get_device() == self.where:
-            y = x.new_empty((*x.shape[:-1], n))
-            self.gemv(x.contiguous(), None if bias is None else self.beside(bias), y, rows)
-            return y if onto is None else onto.add_(y)
-        weight = self.weight(stored)
-        if onto is None:
-            return F.linear(x, weight, bias)
-        if onto.is_cuda and onto.is_contiguous():  # the sum is made by the product, and rounded once
-            onto.view(-1, n).addmm_(x.reshape(-1, k), weight.t())
-            return onto
-        return onto.add_(F.linear(x, weight))
+            y = x.new_empty((rows, n) if x.dim() == 2 else (*x.shape[:-1], n))
+            if not x.is_contiguous() or x.is_neg():
+                x = x.contiguous().resolve_neg()
+            self.gemv(x, None if bias is None else self.beside(bias), y, rows)
+            return y
+        with no_autocast(x):
+            return F.linear(x, self.weight(stored), bias)
 
-    def input_grad(self, grad: Tensor, stored: list[Tensor]) -> Tensor:
+    def input_grad(self, grad: Tensor, stored: Sequence[Tensor]) -> Tensor:
         """grad W_hat, for grad (…, n)."""
-        return grad @ self.weight(stored)
+        with no_autocast(grad):
+            return grad @ self.weight(stored)
 
-    def weight(self, stored: list[Tensor]) -> Tensor:
+    def weight(self, stored: Sequence[Tensor]) -> Tensor:
         """W_hat (n, k), written out: in memory that torch's allocator has from the last one, and gets back."""
         if self.fill is None:
             return rebuilt(stored, self.layout, self.dtype).dequantize()
@@ -70,20 +64,33 @@ class Prepared:
         return bias.contiguous()
 
 
-_known: dict[tuple[int, str, torch.dtype], Prepared] = {}
+_AS_IT_IS = contextlib.nullcontext()
 
 
-def prepared(stored: list[Tensor], layout: str, dtype: torch.dtype) -> Prepared:
-    """The weight whose tensors are `stored`, ready for dtype: made at the first call, found again at the next."""
-    key = id(stored[0]), layout, dtype
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """The layer has chosen the dtype; autocast, whose state an op inherits, must not choose again."""
+    if autocast_dtype(x) in (None, x.dtype):
+        return _AS_IT_IS
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would compute in on x's device; None where it is off."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+_known: dict[tuple, Prepared] = {}
+
+
+def prepared(stored: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Prepared:
+    """The weight whose tensors are `stored`, ready for dtype: made at the first call, found again at the next.
+
+    It is found by what the tensors are, and dropped with the first of them that goes. So what is found was made for
+    these very tensors, and is right as long as each lies where it lay.
+    """
+    key = layout, dtype, *map(id, stored)
     known = _known.get(key)
-    if known is None or not known.fits(stored):
-        known = _known[key] = Prepared(stored, layout, dtype, functools.partial(_forget, key))
+    if known is None or list(map(Tensor.data_ptr, stored)) != known.addresses:
+        known = _known[key] = Prepared(stored, layout, dtype, functools.partial(_known.pop, key))
     return known
-
-
-def _forget(key: tuple, gone: weakref.ref) -> None:
-    """Drop what was prepared for a tensor that is gone, unless something newer stands in its place."""
-    known = _known.get(key)
-    if known is not None and any(tensor is gone for tensor, _ in known.tensors):
-        _known.pop(key, None)

@@ -88,8 +88,8 @@ class Stored4bit(nn.Module):
         if self.packed.is_meta and not assign:
             raise ValueError("the layer is on the meta device: load with assign=True")
         self.dtype = found.dtype if assign else self.dtype
-        for name, tensor in tensors_of(found).items():
-            self._buffers[name] = tensor if assign else self._buffers[name].copy_(tensor)
+        for name, tensor in tensors_of(found).items():  # what a file has as a number comes on the CPU
+            self._buffers[name] = tensor.to(found.packed.device) if assign else self._buffers[name].copy_(tensor)
 
 
 def _own(tensor: Tensor) -> Tensor:
