@@ -345,8 +345,9 @@ def measure_training(models, args):
         calls = {kind: lambda step=step: step(ids) for kind, step in steps.items()}
         rounds = args.rounds if tokens < 4096 else 3
         record("LoRA step", "ms", scaled(alternate(calls, rounds, args.device), 1e3), tokens=tokens)
-        if args.device == "cuda":
+        if args.device == "cuda" and tokens == sorted(args.tokens)[len(args.tokens) // 2]:
             record_gpu_time("LoRA step", calls, tokens=tokens)
+        if args.device == "cuda":
             for kind, call in calls.items():
                 before = held(args)
                 torch.cuda.reset_peak_memory_stats()

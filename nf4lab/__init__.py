@@ -16,6 +16,7 @@ from nf4lab.codebooks import extremes, lloyd  # noqa: F401  the book calls them 
 from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.double_quant import DoubleQuant, QuantizedConstants
 from nf4lab.layers.adopt import adopt_, release_
+from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.load import load_model_
@@ -28,6 +29,7 @@ __all__ = [
     "BLOCK_SIZES",
     "FORMATS",
     "DoubleQuant",
+    "Embedding4bit",
     "Experts4bit",
     "Format",
     "Linear4bit",

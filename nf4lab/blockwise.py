@@ -113,6 +113,18 @@ class QuantizedTensor:
         """See `nf4lab.dequantize`."""
         return dequantize(self, dtype, out=out, backend=backend)
 
+    def of_blocks(self, blocks: Tensor) -> "QuantizedTensor":
+        """These blocks as a tensor of their own: int64 (m,) to shape (m * block_size,), with constants decoded.
+
+        A short last block is filled up with whatever code; of a tensor without elements there are no blocks.
+        """
+        width = self.block_size * self.format.code_bits // 8  # whole bytes for every width and size there is
+        places = blocks[:, None] * width + torch.arange(width, device=blocks.device)
+        packed = self.packed[places.clamp(max=max(self.packed.numel() - 1, 0)).reshape(-1)]
+        scale, location = (_at(constants, blocks) for constants in (self.stored_scale, self.stored_location))
+        shape = torch.Size([blocks.numel() * self.block_size])
+        return replace(self, packed=packed, stored_scale=scale, stored_location=location, shape=shape)
+
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
         moved = {
@@ -213,6 +225,13 @@ def dequantize(
     dequantize_parts = backends.DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)]
     dequantize_parts(q.packed, q.stored_scale, q.stored_location, q.tensor_scale, q.format, q.block_size, target)
     return target
+
+
+def _at(constants: Tensor | QuantizedConstants | None, blocks: Tensor) -> Tensor | None:
+    """The constants of these blocks, decoded."""
+    if constants is None:
+        return None
+    return constants.at(blocks) if isinstance(constants, QuantizedConstants) else constants[blocks]
 
 
 def _check_tensor(x: Tensor) -> None:

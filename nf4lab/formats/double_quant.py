@@ -91,6 +91,13 @@ class QuantizedConstants:
         constants = map.decode(groups, self.group_absmax, None).reshape(-1)[: self.n]
         return constants if self.offset is None else constants + self.offset
 
+    def at(self, positions: Tensor) -> Tensor:
+        """The constants at these positions alone: int64 (m,) to float32 (m,), to the bit as `dequantize` has them."""
+        scheme, map = self.double_quant, MAPS[self.double_quant.map]
+        codes = self.codes if map.code_bits == 8 else unpack(self.codes, self.n, map.code_bits)
+        constants = map.decode(codes[positions][:, None], self.group_absmax[positions // scheme.group_size], None)[:, 0]
+        return constants if self.offset is None else constants + self.offset
+
     def numel(self) -> int:
         """How many constants they are, asked as of a tensor."""
         return self.n

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from nf4lab.layers.layout import shape_of
+from nf4lab.layers.layout import rebuilt, shape_of
 from nf4lab.layers.prepared import prepared
 
 PLAIN = (Tensor, nn.Parameter)
@@ -29,6 +29,11 @@ def linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) ->
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(x, bias, stored, layout)
     return prepared(stored, layout, x.dtype).product(x, stored, bias)
+
+
+def lookup(ids: Tensor, stored: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    """Rows ids (…) of W_hat (n, k), decoded: (…, k) of dtype."""
+    return torch.ops.nf4lab.lookup(ids, stored, layout, dtype)
 
 
 def _seen(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
@@ -110,6 +115,28 @@ def _dequantize(stored: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor
     return prepared(stored, layout, dtype).weight(stored)
 
 
+def _lookup(ids: Tensor, stored: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    q = rebuilt(stored, layout, dtype)
+    n, k = q.shape
+    inside = ((ids >= 0) & (ids < n)).all()
+    if ids.is_cuda:
+        torch._assert_async(inside)  # without waiting for the GPU
+    elif not inside:
+        raise IndexError(f"ids must be in 0..{n - 1}; got {ids.min().item()} to {ids.max().item()}")
+    size, first = q.block_size, ids.reshape(-1).long() * k  # a row's first element, of all
+    per_row = k // size if k % size == 0 else (k + size - 2) // size + 1  # blocks that a row can lie in
+    blocks = first[:, None] // size + torch.arange(per_row, device=ids.device)  # (n_ids, per_row)
+    decoded = q.of_blocks(blocks.clamp(max=max(q.n_blocks - 1, 0)).reshape(-1)).dequantize()
+    rows = decoded.reshape(-1, per_row * size)
+    if k % size:
+        rows = rows.gather(1, (first % size)[:, None] + torch.arange(k, device=ids.device))
+    return rows.reshape(*ids.shape, k)
+
+
+def _fake_lookup(ids, stored, layout, dtype):
+    return ids.new_empty(*ids.shape, shape_of(layout)[1], dtype=dtype)
+
+
 def _fake_linear(x, stored, bias, layout):
     return x.new_empty(*x.shape[:-1], shape_of(layout)[0])
 
@@ -168,4 +195,8 @@ _define(
 _define(
     "dequantize_stored(Tensor[] stored, str layout, ScalarType dtype) -> Tensor",
     _dequantize, _fake_dequantize,
+)  # fmt: skip
+_define(
+    "lookup(Tensor ids, Tensor[] stored, str layout, ScalarType dtype) -> Tensor",
+    _lookup, _fake_lookup,
 )  # fmt: skip
