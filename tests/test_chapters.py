@@ -6,6 +6,9 @@ from pathlib import Path
 import jupytext
 import pytest
 
+import nf4lab
+from nf4lab import theory
+
 ROOT = Path(__file__).resolve().parents[1]
 DONE = ("01", "02", "03", "04", "05", "06")  # those that have the form; the others follow
 CHAPTERS = [path for path in sorted((ROOT / "book").glob("[0-9][0-9]-*.md")) if path.name[:2] in DONE]
@@ -63,3 +66,51 @@ def test_a_solution_is_prose_and_then_code(chapter):
         assert solution, exercise[:60]
         assert ":tags: [hide-cell]" in solution[2]
         assert len(solution[1]) > 80
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_minutes_are_by_the_rule_that_the_first_page_names(chapter):
+    """130 words a minute, a minute for eight lines of code in sight, rounded up to tens, exercises left out."""
+    text = chapter.read_text().split("---\n", 2)[2]
+    prose = re.sub(r"```{code-cell}.*?```", "", text, flags=re.DOTALL).split("## Exercises")[0]
+    lines = sum(source.count("\n") + 1 for source in code(chapter, folded=False))
+    minutes = len(re.findall(r"\w+", prose)) / 130 + lines / 8
+    assert int(re.search(r"^About (\d+) minutes\.", text, re.MULTILINE)[1]) == 10 * -(-minutes // 10)
+
+
+SHEET = (ROOT / "book" / "cheat-sheet.md").read_text().replace("\N{MINUS SIGN}", "-")
+
+
+def rows(heading):
+    """The rows of the table under a heading of the cheat sheet, as lists of cells."""
+    lines = SHEET.split(f"## {heading}\n")[1].split("\n## ")[0].split("\n")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return table[2:]
+
+
+def test_the_cheat_sheet_has_the_levels_and_boundaries_to_the_last_bit():
+    levels = nf4lab.codebooks.nf4()
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    table = rows("The sixteen levels")
+    assert [(row[0], row[1]) for row in table] == [(str(c), f"`{c:04b}`") for c in range(16)]
+    assert [float(row[2]) for row in table] == levels.tolist()
+    assert [levels.new_tensor(float(row[3])) for row in table[:15]] == list(boundaries)
+
+
+def test_the_cheat_sheet_has_the_bits_and_errors_that_the_package_calculates():
+    for size, bits, double, mse in rows("What it costs"):
+        assert float(bits) == 4 + 32 / int(size)
+        assert double == f"{4 + 8 / int(size) + 32 / (256 * int(size)):.4f}"
+        assert mse == f"{theory.expected('nf4', int(size)).mse:.5f}"
+    table = {row[0].split(" (")[0]: row for row in rows("Beside others, in blocks of 64")}
+    for label, name in {
+        "NF4": "nf4",
+        "min-max uniform": "uniform",
+        "int4": "int4",
+        "FP4 of bitsandbytes": "fp4",
+    }.items():
+        assert float(table[label][1]) == (5 if name == "uniform" else 4.5)
+        assert table[label][2] == f"{theory.expected(name, 64).mse:.5f}"
+    lloyd = theory.known_scale(nf4lab.codebooks.lloyd_max()).mse
+    assert table["Lloyd-Max, $\\sigma$ known, no constants"][2] == f"{lloyd:.5f}"
+    assert table["Shannon limit"][2] == f"{nf4lab.shannon_limit(4.5):.5f}"
