@@ -43,6 +43,9 @@ def test_what_bitsandbytes_wrote_is_adopted_and_released_with_the_same_answers(b
     model = plainly(type(model).from_pretrained(tmp_path / "bnb"))
     expected, dtypes = outputs(model), {n: p.dtype for n, p in model.named_parameters()}
     names = nf4lab.adopt_(model)
+    model.save_pretrained(tmp_path / "adopted")
+    again = plainly(type(model).from_pretrained(tmp_path / "adopted"))
+    assert torch.equal(outputs(again), expected)
     layers = [model.get_submodule(n) for n in names]
     assert len(names) >= 8 and all(type(layer) is nf4lab.Linear4bit for layer in layers)
     assert torch.equal(outputs(model), expected)

@@ -4,6 +4,7 @@ from torch import nn
 
 from nf4lab.blockwise import QuantizedTensor
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, from_parts, parts_of
+from nf4lab.choice import transformers_models
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.swap import choose_layers, move_hook, replace_layer
 
@@ -22,6 +23,8 @@ def adopt_(model: nn.Module) -> list[str]:
     for places, layer in made:
         move_hook(model.get_submodule(places[0]), layer)
         replace_layer(model, places, layer)
+    for _, part in transformers_models(model):
+        _can_be_saved(part)
     return [places[0] for places in names]
 
 
@@ -54,6 +57,14 @@ def _adopted(model: nn.Module, names: list[str]) -> Linear4bit:
     if not isinstance(q, QuantizedTensor):
         raise ValueError(f"layer {names[0]!r} is not quantized yet: bitsandbytes does it when a layer is moved")
     return Linear4bit(q, layer.bias, layer.compute_dtype).train(layer.training)
+
+
+def _can_be_saved(model: nn.Module) -> None:
+    """Forget how transformers read the 4-bit weights: it would undo that on saving, and (5.23) knows no way to."""
+    kept = getattr(model, "_weight_conversions", None)
+    if kept is not None:
+        reads = [any(hasattr(step, "hf_quantizer") for step in getattr(each, "operations", ())) for each in kept]
+        model._weight_conversions = [each for each, is_reading in zip(kept, reads, strict=True) if not is_reading]
 
 
 def _released(name: str, layer: Linear4bit) -> nn.Module:

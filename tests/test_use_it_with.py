@@ -1,0 +1,64 @@
+"""The page "Use it with": each of its examples is run, in the order in which they stand, beside a tiny model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import nf4lab
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("distributed")
+
+from architectures import ARCHITECTURES, make
+
+PAGE = (Path(__file__).resolve().parents[1] / "book" / "use-it-with.md").read_text()
+SECTIONS = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+WITH_CODE = [title for title, text in SECTIONS.items() if "```python" in text]
+
+
+@pytest.fixture
+def beside_a_model(tmp_path, monkeypatch):
+    """A working folder with a tiny Llama in it, and one process group, as torchrun makes it."""
+    monkeypatch.chdir(tmp_path)
+    make("Llama").save_pretrained("model")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("title", WITH_CODE)
+def test_each_example_runs(bitsandbytes, beside_a_model, monkeypatch, title):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    names = {"nf4lab": nf4lab, "torch": torch}
+    for code in re.findall(r"```python\n(.*?)```", SECTIONS["transformers"].split("```python")[0], re.DOTALL):
+        exec(code, names)
+    exec("from transformers import AutoModelForCausalLM", names)
+    for code in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.DOTALL):
+        assert sum(bool(line.strip()) for line in code.splitlines()) <= 8
+        exec(code, names)
+    if title == "transformers":
+        model, same = names["model"], names["same"]
+        ids = torch.arange(1, 8)[None]
+        assert torch.equal(model.eval()(ids).logits, same.eval()(ids).logits)
+        assert sum(isinstance(layer, nf4lab.Linear4bit) for layer in model.modules()) == 14
+
+
+def test_the_page_names_every_library_and_every_architecture():
+    assert WITH_CODE == [
+        "transformers",
+        "PEFT",
+        "Trainer",
+        "bitsandbytes",
+        "safetensors",
+        "accelerate",
+        "FSDP2",
+        "Dask",
+    ]
+    table = SECTIONS["Which architectures"]
+    for name in ARCHITECTURES:
+        assert name.split()[-1] in table, name
