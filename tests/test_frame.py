@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from sphinx.errors import ExtensionError
 
 import nf4lab
 
@@ -196,3 +197,21 @@ def test_no_link_of_the_built_book_leads_to_an_address_that_is_not_there_yet():
 def test_the_api_page_has_no_words_of_torch():
     page = (SITE / "book" / "api.html").read_text()
     assert not re.search("Define the computation performed at every call|To print customized extra information", page)
+
+
+@pytest.mark.parametrize("sheet", ['.fa-house:before{content:"\\f015"}', '.fa-house{--fa:"\\f015 "}'])
+@pytest.mark.parametrize("fonts", [["fa-solid-900.woff2"], []])
+def test_a_theme_that_keeps_its_icons_otherwise_is_an_error_and_loses_none(tmp_path, sheet, fonts):
+    # pydata-sphinx-theme 0.24 has no fonts at all: its script draws the icons.
+    static = tmp_path / "_static"
+    for folder in ("scripts", "styles", "vendor/fontawesome/webfonts"):
+        (static / folder).mkdir(parents=True)
+    (static / "styles" / "pydata-sphinx-theme.css").write_text(sheet)
+    (static / "scripts" / "fontawesome.js").write_text("draw()")
+    (tmp_path / "index.html").write_text("<i class='fa-house'></i>")
+    for name in fonts:
+        (static / "vendor" / "fontawesome" / "webfonts" / name).write_bytes(b"font")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ExtensionError, match="knows this theme's icons no more: found are 0 TrueType fonts"):
+        weight.slim_icons(tmp_path, static)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

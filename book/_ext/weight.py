@@ -16,6 +16,7 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 from PIL import Image
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.util.logging import getLogger
 
 logger = getLogger(__name__)
@@ -82,8 +83,13 @@ def _size(folder: Path) -> int:
 
 
 def slim_icons(site: Path, static: Path) -> None:
-    """The theme's style sheet and fonts with the icons that the pages show, and no script that draws them again."""
-    (static / "scripts" / "fontawesome.js").write_text("// The icons come from a font: see book/_ext/weight.py.\n")
+    """The theme's style sheet and fonts with the icons that the pages show, and no script that draws them again.
+
+    Raises ExtensionError, before anything is deleted, where the theme keeps its icons in another way: pages without
+    icons look like pages.
+    """
+    fonts = static / "vendor" / "fontawesome" / "webfonts"
+    kept = sorted(fonts.glob("*.ttf"))
     used = ICONS | {name for page in site.rglob("*.html") for name in re.findall(r"\bfa-[a-z0-9-]+", page.read_text())}
     sheet = static / "styles" / "pydata-sphinx-theme.css"
     css = sheet.read_text()
@@ -97,12 +103,15 @@ def slim_icons(site: Path, static: Path) -> None:
         return rule[0]
 
     css = re.sub(r"((?:,?\.fa-[a-z0-9-]+:before)+)\{content:\"\\([0-9a-f]+)\"\}", keep, css)
+    if not kept or not glyphs:
+        found = f"{len(kept)} TrueType fonts in {fonts.relative_to(static.parent)}, {len(glyphs)} icons in {sheet.name}"
+        raise ExtensionError(f"slim_icons of book/_ext/weight.py knows this theme's icons no more: found are {found}")
+    (static / "scripts" / "fontawesome.js").write_text("// The icons come from a font: see book/_ext/weight.py.\n")
     css = re.sub(r"url\([^)]*\.woff2\) format\(\"woff2\"\),", "", css)
     sheet.write_text(css)
-    fonts = static / "vendor" / "fontawesome" / "webfonts"
     for path in fonts.glob("*.woff2"):
         path.unlink()
-    for path in fonts.glob("*.ttf"):
+    for path in kept:
         _keep_glyphs(path, glyphs)
 
 
