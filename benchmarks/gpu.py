@@ -31,13 +31,13 @@ except ImportError:  # measured where it is installed
     to_nf4 = None
 
 from nf4lab.kernels import cuda
-from nf4lab.kernels.cuda import dequantize_kernels, quantize_kernels
+from nf4lab.kernels.cuda import crossover, dequantize_kernels, fused, quantize_kernels
 
 PACKAGES = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
 BLOCK = 64
 COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
-SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096)]
-HALVES = [torch.float16, torch.bfloat16]
+SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
+ALL_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512, 2048)
 records = []
 copy_tbps = None
 
@@ -186,7 +186,7 @@ def measure_quantize(n, samples, codebook):
         times = event_times_us(lambda: bnb.quantize_4bit(x, blocksize=BLOCK, quant_type="nf4", out=theirs), 5)
         record("quantize", "bitsandbytes", times, n_bytes=n_bytes, dtype=name_of(dtype), timing="queued")
 
-        def call(version="v4", check_finite=False):
+        def call(version="v5", check_finite=False):
             args = {"block_size": BLOCK, "packed": packed, "absmax": absmax}
             cuda.quantize(x, codebook, **args, check_finite=check_finite, version=version)
 
@@ -202,54 +202,124 @@ def measure_quantize(n, samples, codebook):
 
 
 def measure_gemv(samples, levels, codebook):
+    """Products of bfloat16 x as a layer makes them, and each version of the fused kernel; weights cold."""
+    one = torch.zeros(1, device="cuda")
+    record("least launch", "torch", graph_times_us([lambda: one.fill_(1)] * 24, samples), dtype="float32")
     for n, k in SHAPES:
-        copies = max(2, -(-COLD_BYTES // (n * k // 2)))
         w = torch.randn(n * k, device="cuda", dtype=torch.bfloat16)
         packed, absmax = (
             torch.empty(n * k // 2, dtype=torch.uint8, device="cuda"),
             torch.empty(n * k // BLOCK, device="cuda"),
         )
         cuda.quantize(w, codebook, block_size=BLOCK, packed=packed, absmax=absmax)
-        weights = [(packed.clone(), absmax.clone()) for _ in range(copies)]
+        copies = max(2, -(-COLD_BYTES // packed.numel()))
         dense = [w.view(n, k).clone() for _ in range(max(2, -(-COLD_BYTES // (2 * n * k))))]
-        for dtype in HALVES:
-            for rows in (1, 2, 4, 8, 16) if (n, k) == (14336, 4096) else (1,):
-                x, out = (
-                    torch.randn(rows, k, device="cuda", dtype=dtype),
-                    torch.empty(rows, n, device="cuda", dtype=dtype),
-                )
-                n_bytes = packed.nbytes + absmax.nbytes + x.nbytes + out.nbytes
-                details = {"shape": f"{n}x{k}", "rows": rows, "dtype": name_of(dtype)}
-                for by, calls in gemv_calls(x, out, weights, dense, levels, (n, k)).items():
+        for kind in ("plain", "nested"):
+            weights = [(packed.clone(), constants(absmax, kind)) for _ in range(copies)]
+            for rows in ALL_ROWS if (n, k) == (14336, 4096) else (1, 16, 64):
+                x, out = torch.randn(rows, k, device="cuda").bfloat16(), torch.empty(rows, n, device="cuda").bfloat16()
+                n_bytes = packed.numel() + n * k // BLOCK * (4 if kind == "plain" else 1) + x.nbytes + out.nbytes
+                details = {"shape": f"{n}x{k}", "rows": rows, "dtype": "bfloat16", "absmax": kind}
+                for by, calls in gemv_calls(x, out, weights, levels, (n, k), kind).items():
                     record("gemv", by, graph_times_us(calls, samples), n_bytes=n_bytes, **details)
+                if kind == "plain":
+                    calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]
+                    details |= {"absmax": "none"}
+                    n_bytes = 2 * n * k + x.nbytes + out.nbytes
+                    record("gemv", "torch bfloat16", graph_times_us(calls, samples), n_bytes=n_bytes, **details)
+                    if calls := int4_calls(x, dense[0], copies):
+                        n_bytes = n * k // 2 + n * k // 128 * 4 + x.nbytes + out.nbytes
+                        details |= {"absmax": "bfloat16 scale and zero a group of 128"}
+                        record("gemv", "torch int4", graph_times_us(calls, samples), n_bytes=n_bytes, **details)
+            if (n, k) == (14336, 4096):
+                measure_ladder(weights, levels, (n, k), kind, samples)
 
 
-def gemv_calls(x, out, weights, dense, levels, shape):
-    """{who: one call for each copy of the weight}; the dense product moves more bytes than are counted for it."""
-    keys = {
-        "shape": torch.Size(shape),
-        "code": levels,
-        "blocksize": BLOCK,
-        "quant_type": "nf4",
-        "dtype": x.dtype,
-    }
-    states = [bnb.QuantState(absmax=absmax, **keys) for _, absmax in weights]
+def constants(absmax, kind):
+    """An absmax as the kernels take it: itself, or codes, group absmax, offset, code map and group size."""
+    if kind == "plain":
+        return absmax.clone()
+    second, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    return second.reshape(-1), state.absmax, absmax.mean().reshape(1), state.code.cuda().float(), 256
+
+
+def measure_ladder(weights, levels, shape, kind, samples):
+    for rows in (1, 8, 16, 32, 64):
+        x = torch.randn(rows, shape[1], device="cuda").bfloat16()
+        for name in fused.VERSIONS:
+            if rows > 16 and name == "v3":
+                continue  # it takes 16 at most: v2 would run
+            calls = [
+                lambda p=p, a=a, v=name: cuda.gemv(x, p, a, levels, shape=shape, block_size=BLOCK, version=v)
+                for p, a in weights
+            ]
+            details = {"shape": f"{shape[0]}x{shape[1]}", "rows": rows, "dtype": "bfloat16", "absmax": kind}
+            few = samples if name > "v2" else 3
+            record("gemv ladder", name, graph_times_us(calls, few), **details)
+
+
+def gemv_calls(x, out, weights, levels, shape, kind):
+    """{who: one call for each copy of the weight}, each as its layer makes it."""
+    n, k = shape
+    rows = len(x)
+    written = torch.empty(n, k, device="cuda", dtype=x.dtype)
 
     def ours(packed, absmax):
-        cuda.gemv(x, packed, absmax, levels, shape=shape, block_size=BLOCK, out=out)
+        how = {"shape": shape, "block_size": BLOCK, "dtype": x.dtype}
+        gemv = cuda.prepare_gemv(packed, absmax, levels, **how)
+        fill = cuda.prepare_dequantize(packed, absmax, levels, n=n * k, block_size=BLOCK, dtype=x.dtype)
 
-    def theirs(packed, state):
-        transposed = packed.view(-1, 1).t()
-        if len(x) == 1:
-            return bnb.gemv_4bit(x.view(1, 1, -1), transposed, state=state)
-        return bitsandbytes.matmul_4bit(x, transposed, quant_state=state)
+        def product():
+            if rows <= gemv.rows:
+                return gemv(x, None, out, rows)
+            fill(written)
+            return torch.nn.functional.linear(x, written)
 
-    x_bfloat16 = x.bfloat16()
-    return {
-        "bitsandbytes": [lambda p=p, s=s: theirs(p, s) for (p, _), s in zip(weights, states, strict=True)],
-        "nf4lab": [lambda p=p, a=a: ours(p, a) for p, a in weights],
-        "torch bfloat16": [lambda w=w: torch.nn.functional.linear(x_bfloat16, w) for w in dense],
-    }
+        return product
+
+    def theirs(packed, absmax):
+        keys = {"shape": torch.Size(shape), "code": levels, "blocksize": BLOCK, "quant_type": "nf4", "dtype": x.dtype}
+        if kind == "nested":
+            codes, group_absmax, offset, code_map, _ = absmax
+            inner = bnb.QuantState(absmax=group_absmax, code=code_map, blocksize=256, dtype=torch.float32)
+            keys |= {"absmax": codes, "offset": offset[0], "state2": inner}
+        else:
+            keys |= {"absmax": absmax}
+        state, transposed = bnb.QuantState(**keys), packed.view(-1, 1).t()
+        return lambda: bitsandbytes.matmul_4bit(x, transposed, quant_state=state)
+
+    found = {"nf4lab": [ours(*weight) for weight in weights], "bitsandbytes": [theirs(*weight) for weight in weights]}
+    wide = found["nf4lab"][0]().double() if rows > 64 else (found["nf4lab"][0](), out)[1].double()
+    other = found["bitsandbytes"][0]().double()
+    assert (wide - other).norm() < 0.01 * other.norm(), "the two products differ"
+    return found
+
+
+def int4_calls(x, dense, copies):
+    """torch's own 4-bit product (tinygemm, even levels, groups of 128), for comparison; None where it is missing."""
+    n, k = dense.shape
+    try:
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        weights = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(copies)]
+        scales = torch.rand(k // 128, n, 2, device="cuda").bfloat16()
+        torch.ops.aten._weight_int4pack_mm(x, weights[0], 128, scales)
+    except RuntimeError as error:
+        print(f"torch's int4 product is not measured: {error}")
+        return None
+    return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in weights]
+
+
+def measure_crossover():
+    """Where the fused kernel stops being the faster way: the table behind `crossover`."""
+    for entry in crossover.measure():
+        details = {"shape": f"{entry['n']}x{entry['k']}", "rows": entry["rows"]}
+        for by in ("fused", "dequantized"):
+            entry_us = entry[f"{by}_us"]
+            records.append({"operation": "crossover", "by": by, **details, "median_us": entry_us})
+        print(
+            f"crossover {details} fused {entry['fused_us']:.2f} us, dequantized {entry['dequantized_us']:.2f} us",
+            flush=True,
+        )
 
 
 def measure_host(samples, levels, codebook):
@@ -286,7 +356,7 @@ def main():
     parser.add_argument("--log2-weights", type=int, default=28)
     parser.add_argument("--samples", type=int, default=21)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--only", nargs="+", choices=["dequantize", "quantize", "torchao", "gemv", "host"])
+    parser.add_argument("--only", nargs="+", choices=["dequantize", "quantize", "torchao", "gemv", "crossover", "host"])
     args = parser.parse_args()
     if reason := cuda.available():
         sys.exit(f"nothing measured: {reason}")
@@ -300,6 +370,7 @@ def main():
         "quantize": lambda: measure_quantize(n, samples, codebook),
         "torchao": lambda: measure_torchao(n, samples),
         "gemv": lambda: measure_gemv(samples, levels, codebook),
+        "crossover": measure_crossover,
         "host": lambda: measure_host(samples, levels, codebook),
     }
     for part in args.only or parts:

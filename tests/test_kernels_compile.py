@@ -18,7 +18,14 @@ pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda-bindings")
 from elftools.elf.elffile import ELFFile
 from numba import types
 
-from nf4lab.kernels.cuda import dequantize_kernels, gemv_kernels, hadamard_kernels, quantize_kernels
+from nf4lab.kernels.cuda import (
+    dequantize_kernels,
+    few_rows,
+    gemm_kernels,
+    gemv_kernels,
+    hadamard_kernels,
+    quantize_kernels,
+)
 from nf4lab.kernels.cuda.assemble import assemble
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
@@ -38,8 +45,8 @@ def quantize_types(x):
     return x, FLOAT, CELLS, BYTE, FLOAT, FLAG, *[NUMBER] * 5
 
 
-def gemv_types(x):
-    return x, BYTE, FLOAT, BYTE, FLOAT, FLOAT, FLOAT, FLOAT, x, x, *[NUMBER] * 7
+def gemv_types(x, numbers=7):
+    return x, BYTE, FLOAT, BYTE, FLOAT, FLOAT, FLOAT, FLOAT, x, x, *[NUMBER] * numbers
 
 
 def ptx_and_local_bytes(kernel, signature, capability, **options):
@@ -66,8 +73,9 @@ IN_USE = [
     ("dequantize bfloat16", dequantize_kernels.v4, dequantize_types(BFLOAT), r"st\.global\.v4"),
     ("dequantize float32", dequantize_kernels.v4, dequantize_types(FLOAT), r"st\.global\.v4"),
     ("nested float16", dequantize_kernels.nested, nested_types(HALF), r"st\.global\.v4"),
-    ("quantize float16", quantize_kernels.v4, quantize_types(HALF), r"ld\.global(\.nc)?\.v4"),
-    ("quantize float32", quantize_kernels.v4, quantize_types(FLOAT), r"ld\.global(\.nc)?\.v4"),
+    ("quantize float16", quantize_kernels.v5, quantize_types(HALF), r"ld\.global(\.nc)?\.v4"),
+    ("quantize float32", quantize_kernels.v5, quantize_types(FLOAT), r"ld\.global(\.nc)?\.v4"),
+    ("quantize blocks of 16", quantize_kernels.v4, quantize_types(HALF), r"ld\.global(\.nc)?\.v4"),
     ("gemv float16", gemv_kernels.v2, gemv_types(HALF), r"ld\.global(\.nc)?\.v4"),
 ]
 
@@ -90,9 +98,32 @@ def test_tensor_core_gemv_fits_its_registers(fragments, x, capability):
     assert ptx.count("mma.sync") == 16 * fragments and re.search(r"ld\.global(\.nc)?\.v4", ptx)
 
 
+@pytest.mark.parametrize("x", [HALF, BFLOAT], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("stages", [3, 4])
+def test_the_few_rows_kernel_copies_in_bulk_and_keeps_x_in_registers(stages, x):
+    kernel, limit = few_rows.kernel(stages), 65536 // few_rows.THREADS
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(x, 8), (9, 0), max_registers=limit)
+    assert_lean(ptx, local_bytes)
+    assert "cp.async.bulk" in ptx and ptx.count("mma.sync") == 4 * few_rows.BLOCKS
+    assert ptx.count("prmt.b32") == 16 * few_rows.BLOCKS  # one instruction finds the table's entry for two codes
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize(("eights", "tiles"), [(1, 7), (2, 7), (4, 7), (8, 2), (8, 7)])
+def test_the_gemm_fits_its_registers(eights, tiles, capability):
+    layout = gemm_kernels.layouts(eights, tiles, 64)[1]
+    limit = 65536 // layout.threads
+    ptx, local_bytes = ptx_and_local_bytes(
+        gemm_kernels.kernel(layout), gemv_types(BFLOAT, 8), capability, max_registers=limit
+    )
+    assert ".f64" not in ptx and "cp.async.cg.shared.global" in ptx
+    assert ptx.count("mma.sync") == 4 * eights * layout.tiles
+    assert local_bytes <= (64 if eights == 8 else 0)  # 64 rows and 4 tiles a warp hold 128 sums of 255 registers
+
+
 TEACHING = {
     **{f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
-    **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
+    **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3", "v4")},
     "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
     "hadamard": (hadamard_kernels.butterflies, (FLOAT, NUMBER)),
 }

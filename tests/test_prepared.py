@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nf4lab.kernels import cuda
-from nf4lab.kernels.cuda import launch, ops, prepared
+from nf4lab.kernels.cuda import fused, launch, ops, prepared
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 not_simulated = pytest.mark.skipif(launch.SIMULATOR, reason="the simulator launches in its own way")
@@ -55,19 +55,15 @@ def launches(monkeypatch):
         numbers = [int(a) if isinstance(a, int) else a.data_ptr() for a in args]
         seen.append((kernel, launch.signature(args), grid, threads, shared_bytes, numbers))
 
-    for module in (ops, prepared):
-        monkeypatch.setattr(module, "processors", lambda device: 132)
-        monkeypatch.setattr(
-            module, "rows_that_fit", lambda k, device: max(r for r in range(1, 17) if ops.shared_bytes(r, k) <= 232448)
-        )
-    monkeypatch.setattr(ops, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused, "processors", lambda device: 132)
+    monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
+    monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
     monkeypatch.setattr(ops, "launch", as_checked)
     monkeypatch.setattr(ops, "_gemv_op", ops._run_gemv)
     monkeypatch.setattr(ops, "_dequantize_op", ops._run_dequantize)
     monkeypatch.setattr(ops, "_nested_op", ops._run_nested)
     monkeypatch.setattr(prepared, "load", load)
     monkeypatch.setattr(prepared, "loaded_kernels", {})
-    monkeypatch.setattr(prepared, "like_on", lambda dtype, device: torch.empty(0, dtype=dtype))
     return seen
 
 
@@ -81,7 +77,7 @@ def test_a_prepared_gemv_launches_what_the_checked_one_launches(shape, dtype, ne
     parts = weight(n, k, nested, "cpu")
     call = cuda.prepare_gemv(*parts, shape=shape, block_size=64, dtype=dtype)
     bias = torch.randn(n).to(dtype) if bias else None
-    for rows in (1, 4, 5, 8, 9, call.rows):
+    for rows in (1, 4, 5, 8, 9, 16, 17, 33, call.rows):
         x, out = activations(rows, k, dtype, "cpu"), torch.empty(rows, n, dtype=dtype)
         cuda.gemv(x, *parts, shape=shape, block_size=64, bias=bias, out=out)
         expected = launches.copy()

@@ -12,7 +12,7 @@ numbered below `wide` are whole and aligned for wide loads and stores; the other
 
 import functools
 
-from numba import config, cuda, float32, int64, uint32
+from numba import config, cuda, float32, int64, uint8, uint32
 
 from .intrinsics import in_16_bytes, load_codes, multiply, store, store16
 
@@ -118,24 +118,31 @@ def decode(block, codes, group_absmax, offset, code_map, group_shift):
 @cuda.jit
 def nested(packed, codes, group_absmax, offset, code_map, levels, out, n, block_shift, group_shift, wide):
     table = cuda.shared.array(16, float32)
+    decoded = cuda.shared.array(256, float32)  # the code map: so no load has to wait for another
     i = int64(cuda.blockIdx.x) * (2 * cuda.blockDim.x) + cuda.threadIdx.x
     j = i + cuda.blockDim.x
     start_i, start_j = i * in_16_bytes(out), j * in_16_bytes(out)
     word_i = word_j = uint32(0)
-    scale_i = scale_j = float32(0)
+    code_i = code_j = uint8(0)
+    group_i = group_j = float32(0)
     if start_i < n:
-        word_i = read_group(packed, i, out, n, wide)
-        scale_i = decode(start_i >> block_shift, codes, group_absmax, offset, code_map, group_shift)
+        word_i, code_i = read_group(packed, i, out, n, wide), codes[start_i >> block_shift]
+        group_i = group_absmax[start_i >> block_shift >> group_shift]
     if start_j < n:
-        word_j = read_group(packed, j, out, n, wide)
-        scale_j = decode(start_j >> block_shift, codes, group_absmax, offset, code_map, group_shift)
+        word_j, code_j = read_group(packed, j, out, n, wide), codes[start_j >> block_shift]
+        group_j = group_absmax[start_j >> block_shift >> group_shift]
+    smallest = offset[0]
+    for first in range(0, 256, THREADS):
+        c = first + cuda.threadIdx.x
+        if c < 256:
+            decoded[c] = code_map[c]
     if cuda.threadIdx.x < 16:
         table[cuda.threadIdx.x] = levels[cuda.threadIdx.x]
     cuda.syncthreads()
     if start_i < n:
-        write_group(out, i, n, wide, word_i, scale_i, table)
+        write_group(out, i, n, wide, word_i, multiply(decoded[code_i], group_i) + smallest, table)
     if start_j < n:
-        write_group(out, j, n, wide, word_j, scale_j, table)
+        write_group(out, j, n, wide, word_j, multiply(decoded[code_j], group_j) + smallest, table)
 
 
 VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}

@@ -4,13 +4,12 @@ An op is opaque to torch.compile, and takes its outputs as arguments, so nothing
 it, straight to the kernel. In the simulator the same functions run on CPU tensors, without the ops.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dequantize_kernels, gemv_kernels, quantize_kernels
+from . import dequantize_kernels, fused, quantize_kernels
 from .checks import BYTE, FLOAT32, FLOATS, TABLE, expect, expect_block_size, expect_nested, expect_version
 from .launch import SIMULATOR, launch, refuse
 
@@ -124,13 +123,14 @@ def codebook(boundaries, codes=range(16), device="cuda") -> Codebook:
     return Codebook(boundaries.to(device), cells.to(device), number - 2**64 if number >= 2**63 else number)
 
 
-def quantize(x, codebook, *, block_size, packed, absmax, check_finite=True, version="v4"):
+def quantize(x, codebook, *, block_size, packed, absmax, check_finite=True, version="v5"):
     """Fill packed (uint8, (n + 1) // 2) and absmax (float32, n_blocks) from x (n float32, float16 or bfloat16).
 
     One pass over x. A value's position is the number of boundaries of the Codebook strictly below
     s = x * (1 / absmax), both roundings IEEE; its code is the position's. A block of zeros gets the code of 0.0, as
     does the nibble that pads an odd n; where 1 / absmax overflows, s = x / absmax. A codebook without a table of
-    cells takes v2 in place of v3 and v4.
+    cells takes v2 in place of v3 to v5; a block of less than 64 bytes, or a tensor that does not start on 16 bytes,
+    takes v4 in place of v5.
 
     NaN or infinity raises ValueError with their number and the first position; that waits for the GPU.
     check_finite=False does not wait, and is what a CUDA graph can capture. Other errors as `dequantize`.
@@ -144,7 +144,7 @@ def quantize(x, codebook, *, block_size, packed, absmax, check_finite=True, vers
     expect("cells", cells, TABLE, cells.numel(), device)
     expect("packed", packed, BYTE, (n + 1) // 2, device)
     expect("absmax", absmax, FLOAT32, -(-n // block_size), device)
-    if version in ("v3", "v4") and not cells.numel():
+    if version in ("v3", "v4", "v5") and not cells.numel():
         version = "v2"
     _quantize_op(x, boundaries, cells, numbering, block_size, check_finite, packed, absmax, version)
 
@@ -155,9 +155,12 @@ def _run_quantize(x, boundaries, cells, numbering, block_size, check_finite, pac
         return
     flag = finite_flag() if check_finite else None
     wide = n // 8 if x.data_ptr() % 16 == 0 and packed.data_ptr() % 4 == 0 else 0
+    if version == "v5" and (block_size * x.element_size() < 64 or (x.data_ptr() | packed.data_ptr()) % 16):
+        version = "v4"
     numbers = n, block_size.bit_length() - 1, numbering, int(check_finite), wide
     args = x, boundaries, cells, packed, absmax, flag, *numbers
-    launch(quantize_kernels.VERSIONS[version], *quantize_kernels.shape(version, n, block_size), args, dtype=x.dtype)
+    shape = quantize_kernels.shape(version, n, block_size, x.element_size())
+    launch(quantize_kernels.VERSIONS[version], *shape, args, dtype=x.dtype)
     if check_finite:
         refuse_if_set(flag, x)
 
@@ -184,21 +187,21 @@ _quantize_op = define(
 )
 
 
-def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v3"):
-    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 16 rows of x (..., k) and packed W of shape (n, k).
+def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v5"):
+    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 64 rows of x (..., k) and packed W of shape (n, k).
 
-    packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. The tensor core kernel (sm_80 on;
-    16-bit x; n a multiple of 16, k of 256; block_size at least 64) rounds the levels to float16, so a product may be
-    off by 2^-11 of itself; every other case multiplies in float32, more slowly.
+    packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. `fused` says which version takes
+    what; the tensor core kernels round the levels: v3 to float16, v4 and v5 to the dtype of x, so that a product may be
+    off by 2^-11 of itself, with bfloat16 by 2^-9. v1 and v2 multiply in float32, more slowly.
 
     Raises TypeError or ValueError for a wrong dtype, count or number of rows, RuntimeError where there is no GPU.
     """
     n, k = shape
     device, rows = x.get_device(), x.numel() // k
     expect_block_size("block_size", block_size)
-    expect_version(version, gemv_kernels.VERSIONS)
-    if x.shape[-1] != k or not 1 <= rows <= 16:
-        raise ValueError(f"x must have 1 to 16 rows of {k}; got shape {tuple(x.shape)}")
+    expect_version(version, fused.VERSIONS)
+    if x.shape[-1] != k or not 1 <= rows <= fused.MOST_ROWS:
+        raise ValueError(f"x must have 1 to {fused.MOST_ROWS} rows of {k}; got shape {tuple(x.shape)}")
     expect("x", x, FLOATS, rows * k, device)
     expect("packed", packed, BYTE, (n * k + 1) // 2, device)
     expect("levels", levels, FLOAT32, 16, device)
@@ -222,53 +225,17 @@ def _run_gemv(
     x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, n, k, block_size, group_size, out, version,
 ):  # fmt: skip
     rows = x.numel() // k
-    wide = x.data_ptr() % 16 == 0 and packed.data_ptr() % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and packed.data_ptr() % 16 == 0
     tensors = packed, absmax, codes, group_absmax, offset, code_map, levels, out if bias is None else bias
     shifts = block_size.bit_length() - 1, max(group_size, 1).bit_length() - 1
     numbers = n, k, *shifts, int(group_size > 0), int(bias is not None)
-    if version == "v3" and wide and tensor_cores_fit(x, n, k, block_size):
-        most = rows_that_fit(k, x.get_device())
-        for first in range(0, rows, most):
-            some = min(most, rows - first)
-            some_x, some_out = (x, out) if some == rows else (t.view(rows, -1)[first : first + some] for t in (x, out))
-            args = some_x, *tensors, some_out, some, *numbers
-            kernel, room = gemv_kernels.TENSOR_CORES[1 if some <= 4 else 2 if some <= 8 else 4], shared_bytes(some, k)
-            launch(
-                kernel, min(n // 16, processors(x.get_device())), 32 * gemv_kernels.WARPS, args,
-                dtype=x.dtype, shared_bytes=room, max_registers=gemv_kernels.MAX_REGISTERS,
-            )  # fmt: skip
-    else:
-        simple = version == "v1" or not wide or k % 32 or block_size < 32
-        kernel = gemv_kernels.v1 if simple else gemv_kernels.v2
-        args = x, *tensors, out, rows, *numbers
-        launch(kernel, -(-rows * n // gemv_kernels.ROWS_OF_W), 32 * gemv_kernels.ROWS_OF_W, args, dtype=x.dtype)
-
-
-@functools.cache
-def shared_bytes(rows, k):
-    return 4 * gemv_kernels.shared_words(rows, k)
-
-
-def tensor_cores_fit(x, n, k, block_size):
-    shape_fits = n % 16 == 0 and k % gemv_kernels.STEP == 0 and block_size >= 64 and x.dtype != torch.float32
-    return shape_fits and not SIMULATOR and capability(x.get_device()) >= (8, 0) and rows_that_fit(k, x.get_device())
-
-
-@functools.cache
-def rows_that_fit(k, device):
-    """How many rows of x, at most 16, leave room for the table in a thread block's shared memory."""
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return max((rows for rows in range(1, 17) if shared_bytes(rows, k) <= limit), default=0)
-
-
-@functools.cache
-def capability(device):
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    for one in fused.launches(version, rows, n, k, block_size, x.dtype, x.get_device(), aligned):
+        some = one.rows == rows
+        some_x, some_out = (t if some else t.view(rows, -1)[one.first : one.first + one.rows] for t in (x, out))
+        launch(
+            one.kernel, one.grid, one.threads, (some_x, *tensors, some_out, one.rows, *numbers, *one.numbers),
+            dtype=x.dtype, shared_bytes=one.shared_bytes, max_registers=one.registers,
+        )  # fmt: skip
 
 
 _gemv_op = define(

@@ -8,10 +8,10 @@ in a CUDA graph once it has run, and may be called from several threads.
 
 import torch
 
-from . import dequantize_kernels, gemv_kernels
+from . import dequantize_kernels, fused
 from .checks import BYTE, FLOAT32, FLOATS, expect, expect_block_size, expect_nested
+from .crossover import rows_worth_it
 from .launch import load, loaded_kernels
-from .ops import processors, rows_that_fit, shared_bytes, tensor_cores_fit
 
 
 def prepare_gemv(packed, absmax, levels, *, shape, block_size, dtype):
@@ -54,7 +54,7 @@ def _weight(packed, absmax, levels, n, block_size, dtype):
 class PreparedGemv:
     """See `prepare_gemv`."""
 
-    rows, nbytes = 16, 0
+    nbytes = 0
 
     def __init__(self, addresses, tables, packed, shape, block_size, group_size, dtype):
         self.device, self.dtype, self.shape, self.block_size = packed.get_device(), dtype, shape, block_size
@@ -63,6 +63,7 @@ class PreparedGemv:
         names = ("packed", "absmax", "codes", "group_absmax", "offset", "code_map", "levels")
         self.weight = tuple(addresses.get(name, unused) for name in names)
         self.numbers = *shape, block_size.bit_length() - 1, max(group_size, 1).bit_length() - 1, int(group_size > 0)
+        self.rows = rows_worth_it(*shape, dtype, self.device)
         self.pieces = {}
 
     def __call__(self, x, bias, out, rows):
@@ -73,29 +74,20 @@ class PreparedGemv:
         has_bias = bias is not None
         bias_at = bias.data_ptr() if has_bias else y_at
         weight, numbers = self.weight, self.numbers
-        for start, shape, x_offset, y_offset, some in self.pieces.get(rows) or self.plan(rows):
-            start(*shape, (x_at + x_offset, *weight, bias_at, y_at + y_offset, some, *numbers, has_bias))
+        for start, shape, x_offset, y_offset, some, more in self.pieces.get(rows) or self.plan(rows):
+            start(*shape, (x_at + x_offset, *weight, bias_at, y_at + y_offset, some, *numbers, has_bias, *more))
 
     def plan(self, rows):
-        """The launches that this many rows take, kernels loaded: (start, grid and so on, offsets of x and y, rows)."""
-        n, k = self.shape
-        aligned, width = self.weight[0] % 16 == 0, self.dtype.itemsize
-        fits = aligned and tensor_cores_fit(like_on(self.dtype, self.device), n, k, self.block_size)
-        most = rows_that_fit(k, self.device) if fits else rows
+        """The launches that this many rows take, loaded: (start, grid and so on, offsets of x and y, rows, numbers)."""
+        (n, k), width = self.shape, self.dtype.itemsize
+        case = "v5", rows, n, k, self.block_size, self.dtype, self.device, self.weight[0] % 16 == 0
         pieces = []
-        for first in range(0, rows, most):
-            some = min(most, rows - first)
-            if fits:
-                kernel = gemv_kernels.TENSOR_CORES[1 if some <= 4 else 2 if some <= 8 else 4]
-                shape = min(n // 16, processors(self.device)), gemv_kernels.THREADS, shared_bytes(some, k)
-                registers = gemv_kernels.MAX_REGISTERS
-            else:
-                simple = not aligned or k % 32 or self.block_size < 32
-                kernel = gemv_kernels.v1 if simple else gemv_kernels.v2
-                per_block = gemv_kernels.ROWS_OF_W
-                shape, registers = (-(-some * n // per_block), 32 * per_block, 0), None
-            start = _loaded(kernel, self.dtype, self.device, GEMV_ARGUMENTS, shape[2], registers).start
-            pieces.append((start, shape, first * k * width, first * n * width, some))
+        for one in fused.launches(*case):
+            kinds = (*GEMV_ARGUMENTS, *[int] * len(one.numbers))
+            start = _loaded(one.kernel, self.dtype, self.device, kinds, one.shared_bytes, one.registers).start
+            shape = one.grid, one.threads, one.shared_bytes
+            offsets = one.first * k * width, one.first * n * width
+            pieces.append((start, shape, *offsets, one.rows, one.numbers))
         self.pieces[rows] = pieces
         return pieces
 
@@ -128,10 +120,6 @@ WEIGHT = (torch.uint8, torch.float32, torch.uint8, torch.float32, torch.float32,
 GEMV_ARGUMENTS = ("any", *WEIGHT, "any", "any", *[int] * 7)
 NESTED_ARGUMENTS = (torch.uint8, torch.uint8, *[torch.float32] * 4, "any", *[int] * 4)
 PLAIN_ARGUMENTS = (torch.uint8, torch.float32, torch.float32, "any", *[int] * 3)
-
-
-def like_on(dtype, device):
-    return torch.empty(0, dtype=dtype, device=f"cuda:{device}")
 
 
 def _loaded(kernel, dtype, device, kinds, shared, registers):

@@ -10,28 +10,49 @@ from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
 __all__ = [
+    "barrier_arrive",
+    "barrier_init",
+    "barrier_wait",
+    "barriers_ready",
     "bits_float",
+    "copies_done",
+    "copies_go",
+    "copy4",
+    "copy16",
+    "copy_bulk",
+    "element_bits",
     "float_bits",
+    "from_lane",
     "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
     "load16",
     "load_codes",
+    "load_matrices",
     "max_across",
     "max_magnitude",
     "max_magnitude8",
+    "max_magnitude_64_bytes",
     "multiply",
     "multiply_16x16x8",
+    "multiply_tile",
+    "next_code",
     "pack_half",
+    "pack_like",
     "pair_at",
+    "pinned",
     "quotient",
     "reciprocal",
+    "shifted",
     "store",
     "store4",
     "store16",
     "store16_words",
+    "store_codes",
     "sum_across",
+    "sync_warp",
+    "widen",
     "widen8",
 ]
 
@@ -154,6 +175,16 @@ def reciprocal(typing, x):
 
 
 @intrinsic
+def next_code(typing, word, code, s, boundary):
+    def emit(context, builder, signature, args):
+        text = "{ .reg .pred p; mad.lo.u32 $0, $1, 16, $2; setp.gt.f32 p, $3, $4; @p add.u32 $0, $0, 1; }"
+        function = ir.FunctionType(I32, [I32, I32, F32, F32])
+        return builder.call(ir.InlineAsm(function, text, "=&r,r,r,f,f"), args)
+
+    return types.uint32(types.uint32, types.uint32, types.float32, types.float32), emit
+
+
+@intrinsic
 def load(typing, x, i):
     def emit(context, builder, signature, args):
         element = F32 if x.dtype == types.float32 else I16
@@ -266,26 +297,78 @@ def max_magnitude(typing, bits, value):
     return types.uint32(types.uint32, types.float32), emit
 
 
+def max_magnitude_of(builder, kind, words):
+    """The bits of the greatest magnitude among the elements (of type `kind`) of some uint32, as float32."""
+    wide = kind == types.float32
+    mask = ir.Constant(I32, 0x7FFFFFFF if wide else 0x7FFF7FFF)
+    words = [builder.and_(word, mask) for word in words]
+    if wide:
+        return greatest_of(builder, words)
+    if compute_capability() >= (8, 0):
+        name = "f16x2" if kind == types.float16 else "bf16x2"
+        packed = words[0]
+        for word in words[1:]:
+            packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
+        words = [packed]
+    halves = [builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)]
+    return greatest_of(builder, [builder.bitcast(float_from(builder, kind, h), I32) for h in halves])
+
+
+def words_of(context, builder, kind, array, count):
+    """The first `count` uint32 of a local array."""
+    source = pointer_to(context, builder, kind, array, I32)
+    return [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(count)]
+
+
 @intrinsic
 def max_magnitude8(typing, x, raw):
     def emit(context, builder, signature, args):
-        source = pointer_to(context, builder, raw, args[1], I32)
-        count = 8 // (8 // per_store(x.dtype) * 4)  # elements in a word: 1 or 2
-        words = [builder.load(builder.gep(source, [ir.Constant(I64, k)])) for k in range(8 // count)]
-        mask = ir.Constant(I32, 0x7FFFFFFF if count == 1 else 0x7FFF7FFF)
-        words = [builder.and_(word, mask) for word in words]
-        if count == 1:
-            return greatest_of(builder, words)
-        if compute_capability() >= (8, 0):
-            name = "f16x2" if x.dtype == types.float16 else "bf16x2"
-            packed = words[0]
-            for word in words[1:]:
-                packed = inline_ptx(builder, f"max.NaN.{name} $0, $1, $2;", I32, [packed, word])
-            words = [packed]
-        halves = [builder.trunc(builder.lshr(w, ir.Constant(I32, shift)), I16) for w in words for shift in (0, 16)]
-        return greatest_of(builder, [builder.bitcast(float_from(builder, x.dtype, h), I32) for h in halves])
+        return max_magnitude_of(builder, x.dtype, words_of(context, builder, raw, args[1], 32 // per_store(x.dtype)))
 
     return types.uint32(x, raw), emit
+
+
+@intrinsic
+def max_magnitude_64_bytes(typing, x, raw):
+    def emit(context, builder, signature, args):
+        return max_magnitude_of(builder, x.dtype, words_of(context, builder, raw, args[1], 16))
+
+    return types.uint32(x, raw), emit
+
+
+@intrinsic
+def widen(typing, x, raw, e):
+    def emit(context, builder, signature, args):
+        wide = x.dtype == types.float32
+        e_64 = context.cast(builder, args[2], e, types.int64)
+        source = pointer_to(context, builder, raw, args[1], F32 if wide else I16)
+        return float_from(builder, x.dtype, builder.load(builder.gep(source, [e_64])))
+
+    return types.float32(x, raw, e), emit
+
+
+@intrinsic
+def element_bits(typing, x, i):
+    def emit(context, builder, signature, args):
+        element = I32 if x.dtype == types.float32 else I16
+        raw = builder.load(at(context, builder, x, args[0], i, args[1], element))
+        return raw if element == I32 else builder.zext(raw, I32)
+
+    return types.uint32(x, i), emit
+
+
+@intrinsic
+def store_codes(typing, packed, i, x, words):
+    def emit(context, builder, signature, args):
+        count = per_store(x.dtype) // 2  # uint32 with the codes of 64 bytes of x
+        vector = ir.Constant(ir.VectorType(I32, count), ir.Undefined)
+        for k, word in enumerate(words_of(context, builder, words, args[3], count)):
+            vector = builder.insert_element(vector, word, ir.Constant(I32, k))
+        address = at(context, builder, packed, args[0], i, args[1], vector.type)
+        builder.store(vector, address, align=4 * count)
+        return context.get_dummy_value()
+
+    return types.void(packed, i, x, words), emit
 
 
 def greatest_of(builder, words):
@@ -351,28 +434,208 @@ def has_float16_range(typing, x):
     return types.boolean(x), emit
 
 
+def tensor_core_step(context, builder, kind, sums, first, first_kind, fragments, name):
+    """mma.sync of `fragments` (four of A, two of B) added to the four float32 of `sums` from `first` on."""
+    offset = context.cast(builder, first, first_kind, types.int64)
+    base = builder.gep(pointer_to(context, builder, kind, sums, F32), [offset])
+    places = [builder.gep(base, [ir.Constant(I64, k)]) for k in range(4)]
+    operands = [*fragments, *(builder.load(place) for place in places)]
+    text = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32"
+        " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    four = ir.LiteralStructType([F32] * 4)
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    function = ir.FunctionType(four, [value.type for value in operands])
+    result = builder.call(ir.InlineAsm(function, text, constraints), operands)
+    result.attributes.add("convergent")
+    for k, place in enumerate(places):
+        builder.store(builder.extract_value(result, k), place)
+    return context.get_dummy_value()
+
+
 @intrinsic
 def multiply_16x16x8(typing, sums, first, a0, a1, a2, a3, b0, b1):
     def emit(context, builder, signature, args):
-        offset = context.cast(builder, args[1], first, types.int64)
-        base = builder.gep(pointer_to(context, builder, sums, args[0], F32), [offset])
-        places = [builder.gep(base, [ir.Constant(I64, k)]) for k in range(4)]
-        operands = [*args[2:], *(builder.load(place) for place in places)]
-        text = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-        )
-        four = ir.LiteralStructType([F32] * 4)
-        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-        function = ir.FunctionType(four, [value.type for value in operands])
-        result = builder.call(ir.InlineAsm(function, text, constraints), operands)
-        result.attributes.add("convergent")
-        for k, place in enumerate(places):
-            builder.store(builder.extract_value(result, k), place)
-        return context.get_dummy_value()
+        return tensor_core_step(context, builder, sums, *args[:2], first, args[2:], "f16")
 
     u32 = types.uint32
     return types.void(sums, first, u32, u32, u32, u32, u32, u32), emit
+
+
+def shared_address(context, builder, kind, array):
+    """The 32-bit address of shared memory in its own address space, as PTX's cp.async and ldmatrix take it."""
+    pointer = context.make_array(kind)(context, builder, array).data
+    return builder.ptrtoint(builder.addrspacecast(pointer, pointer.type.pointee.as_pointer(3)), I32)
+
+
+@intrinsic
+def pinned(typing, shared, number):
+    def emit(context, builder, signature, args):
+        upper = builder.trunc(builder.lshr(args[1], ir.Constant(I64, 32)), I32)
+        address = builder.add(shared_address(context, builder, shared, args[0]), upper)
+        array = context.make_array(shared)(context, builder, args[0])
+        kind = array.data.type
+        in_shared = builder.inttoptr(address, kind.pointee.as_pointer(3))
+        array.data = builder.addrspacecast(in_shared, kind)
+        return array._getvalue()
+
+    return shared(shared, types.int64), emit
+
+
+@intrinsic
+def shifted(typing, number, by):
+    def emit(context, builder, signature, args):
+        return builder.lshr(*args)
+
+    return types.int32(types.int32, types.int32), emit
+
+
+def command(builder, text, constraints, args, result=None):
+    """Emit `text` where it stands: it reads or writes memory that the compiler cannot see it touch."""
+    result = ir.VoidType() if result is None else result
+    function = ir.FunctionType(result, [a.type for a in args])
+    call = builder.call(ir.InlineAsm(function, text, constraints, side_effect=True), args)
+    call.attributes.add("convergent")
+    return call
+
+
+def copy_command(text, element):
+    """An intrinsic (shared, to, data, i): `text` copies the i-th `element` of data to word `to` of shared memory."""
+
+    @intrinsic
+    def copy(typing, shared, to, data, i):
+        def emit(context, builder, signature, args):
+            to_bytes = builder.shl(context.cast(builder, args[1], to, types.int32), ir.Constant(I32, 2))
+            target = builder.add(shared_address(context, builder, shared, args[0]), to_bytes)
+            source = builder.ptrtoint(at(context, builder, data, args[2], i, args[3], element), I64)
+            command(builder, text, "r,l,~{memory}", [target, source])
+            return context.get_dummy_value()
+
+        return types.void(shared, to, data, i), emit
+
+    return copy
+
+
+copy4 = copy_command("cp.async.ca.shared.global [$0], [$1], 4;", I32)
+copy16 = copy_command("cp.async.cg.shared.global [$0], [$1], 16;", V4)
+
+
+@intrinsic
+def copies_go(typing):
+    def emit(context, builder, signature, args):
+        command(builder, "cp.async.commit_group;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def copies_done(typing, under_way):
+    if not isinstance(under_way, types.IntegerLiteral):
+        return None
+    count = under_way.literal_value
+
+    def emit(context, builder, signature, args):
+        command(builder, f"cp.async.wait_group {count};", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(under_way), emit
+
+
+@intrinsic
+def sync_warp(typing):
+    def emit(context, builder, signature, args):
+        command(builder, "bar.warp.sync 0xffffffff;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def load_matrices(typing, shared, i, words):
+    def emit(context, builder, signature, args):
+        offset = builder.shl(context.cast(builder, args[1], i, types.int32), ir.Constant(I32, 2))
+        source = builder.add(shared_address(context, builder, shared, args[0]), offset)
+        text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+        four = command(builder, text, "=r,=r,=r,=r,r,~{memory}", [source], ir.LiteralStructType([I32] * 4))
+        target = pointer_to(context, builder, words, args[2], I32)
+        for k in range(4):
+            builder.store(builder.extract_value(four, k), builder.gep(target, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(shared, i, words), emit
+
+
+@intrinsic
+def pack_like(typing, x, low, high):
+    def emit(context, builder, signature, args):
+        return half_pair(builder, x.dtype, *args[1:])
+
+    return types.uint32(x, types.float32, types.float32), emit
+
+
+@intrinsic
+def multiply_tile(typing, x, sums, first, a0, a1, a2, a3, b0, b1):
+    def emit(context, builder, signature, args):
+        name = "f16" if x.dtype == types.float16 else "bf16"
+        return tensor_core_step(context, builder, sums, *args[1:3], first, args[3:], name)
+
+    u32 = types.uint32
+    return types.void(x, sums, first, u32, u32, u32, u32, u32, u32), emit
+
+
+def on_barrier(text):
+    """An intrinsic (shared, i, number): `text` does something to the mbarrier in words i and i + 1."""
+
+    @intrinsic
+    def act(typing, shared, i, number):
+        def emit(context, builder, signature, args):
+            offset = builder.shl(context.cast(builder, args[1], i, types.int32), ir.Constant(I32, 2))
+            address = builder.add(shared_address(context, builder, shared, args[0]), offset)
+            command(builder, text, "r,r,~{memory}", [address, context.cast(builder, args[2], number, types.int32)])
+            return context.get_dummy_value()
+
+        return types.void(shared, i, number), emit
+
+    return act
+
+
+barrier_init = on_barrier("mbarrier.init.shared::cta.b64 [$0], $1;")
+barrier_arrive = on_barrier("mbarrier.arrive.shared::cta.b64 _, [$0], $1;")
+barrier_wait = on_barrier(
+    "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }"
+)
+
+
+@intrinsic
+def barriers_ready(typing):
+    def emit(context, builder, signature, args):
+        command(builder, "fence.mbarrier_init.release.cluster;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def copy_bulk(typing, shared, to, data, i, count, barrier):
+    def emit(context, builder, signature, args):
+        base = shared_address(context, builder, shared, args[0])
+
+        def address(value, kind):
+            return builder.add(base, builder.shl(context.cast(builder, value, kind, types.int32), ir.Constant(I32, 2)))
+
+        source = builder.ptrtoint(at(context, builder, data, args[2], i, args[3], V4), I64)
+        size = context.cast(builder, args[4], count, types.int32)
+        text = (
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2;"
+            " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+        )
+        places = address(args[1], to), source, size, address(args[5], barrier)
+        command(builder, text, "r,l,r,r,~{memory}", places)
+        return context.get_dummy_value()
+
+    return types.void(shared, to, data, i, count, barrier), emit
 
 
 EVERY_LANE = 0xFFFFFFFF
@@ -392,3 +655,8 @@ def sum_across(value, lanes):
         if offset < lanes:
             value += cuda.shfl_xor_sync(EVERY_LANE, value, offset)
     return value
+
+
+@cuda.jit(device=True, inline="always")
+def from_lane(value, lane):
+    return cuda.shfl_sync(EVERY_LANE, value, lane)

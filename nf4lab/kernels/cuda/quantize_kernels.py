@@ -6,10 +6,12 @@ nibble in `numbering` (0xFEDCBA9876543210 counts upwards, as NF4 does; FP4 numbe
 v1  one thread, one block of values: the kernel that teaches
 v2  one thread, eight values by 16-byte loads; the threads of a block share their absmax by shuffles
 v3  the code from a table of 64 cells, made beforehand: one lookup and one comparison instead of 15 comparisons
-v4  two such groups a thread, both loads under way before the table is needed: the one in use
+v4  two such groups a thread, both loads under way before the table is needed
+v5  one thread, 64 bytes of x: what a thread does once is shared by 16 or 32 values; the table of cells cut in two, so
+    that no two cells meet in a bank of shared memory; three instructions to add a code: the one in use
 
 Every version takes (x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide), with
-block_size = 2**block_shift; v1 and v2 leave `cells` alone, v3 and v4 `boundaries` and `numbering`. A NaN or infinity
+block_size = 2**block_shift; v1 and v2 leave `cells` alone, v3 to v5 `boundaries` and `numbering`. A NaN or infinity
 sets flag[0] if `check`. Groups of eight elements numbered below `wide` are aligned for 16-byte loads and 4-byte
 stores; the others go element by element.
 """
@@ -22,15 +24,22 @@ from numba import config, cuda, float32, int32, int64, uint8, uint32, uint64
 
 from .intrinsics import (
     bits_float,
+    element_bits,
     float_bits,
+    in_16_bytes,
     load,
     load8,
+    load16,
     max_across,
     max_magnitude,
     max_magnitude8,
+    max_magnitude_64_bytes,
+    next_code,
     quotient,
     reciprocal,
     store4,
+    store_codes,
+    widen,
     widen8,
 )
 
@@ -50,7 +59,7 @@ def cell_table(boundaries, codes):
     """
     boundaries = np.asarray(boundaries, np.float32)
     inside = np.clip(boundaries, np.float32(-1.125), np.float32(1.125))  # beyond the ends: cells that no s reaches
-    home = (np.float32(128) * inside + np.float32(ALIGN)).view(np.int32).astype(np.int64) - 0x4B400000 >> 3
+    home = (np.float32(64) * inside + np.float32(ALIGN)).view(np.int32).astype(np.int64) - 0x4B400000 >> 2
     table = np.zeros(CELLS, np.uint64)
     for cell in range(-16, 17):
         below, here = int((home < cell).sum()), boundaries[home == cell]
@@ -205,8 +214,8 @@ def v2(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, ch
 
 @cuda.jit(device=True, inline="always")
 def cell_of(s):
-    """round(128 s) // 8, modulo 64: 48..63 below zero, 0..16 above."""
-    return (float_bits(s * float32(128) + float32(ALIGN)) >> uint32(3)) & uint32(CELLS - 1)
+    """round(64 s) // 4, modulo 64: 48..63 below zero, 0..16 above."""
+    return (float_bits(s * float32(64) + float32(ALIGN)) >> uint32(2)) & uint32(CELLS - 1)
 
 
 @cuda.jit(device=True, inline="always")
@@ -263,12 +272,81 @@ def v4(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, ch
     write_group(packed, j, n, wide, codes_of_group(values, table))
 
 
-VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
+@cuda.jit(device=True, inline="always")
+def gather(x, first, n, count, raw):
+    """What load16 would have read of elements first..first + count - 1, one by one; zeros past the end."""
+    words, bits = 16, 32 * 16 // count
+    for w in range(words):
+        raw[w] = uint32(0)
+    for e in range(count):
+        if first + e < n:
+            w = e * bits >> 5
+            raw[w] = uint32(raw[w] | uint32(uint32(element_bits(x, first + e)) << uint32(e * bits & 31)))
+
+
+@cuda.jit(device=True, inline="always")
+def codes_of_eight(x, raw, first, factor, divide, bounds, below):
+    """The codes of elements first..first + 7 in one uint32: below[cell], and 1 more above the boundary in the cell."""
+    word = uint32(0)
+    for k in range(8):  # from the highest nibble down: elements 6, 7, 4, 5, 2, 3, 0, 1
+        value = widen(x, raw, first + (k ^ 6))
+        s = quotient(value, factor) if divide else value * factor
+        cell = cell_of(s)
+        word = next_code(word, below[cell], s, bounds[cell])
+    return word
+
+
+@cuda.jit
+def v5(x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide):
+    bounds = cuda.shared.array(CELLS, float32)  # cells -16..15 lie in 32 different banks
+    below = cuda.shared.array(CELLS, uint32)
+    scratch = cuda.shared.array(16, uint32)
+    raw = cuda.local.array(16, uint32)
+    words = cuda.local.array(4, uint32)
+    count = 4 * in_16_bytes(x)
+    thread = int64(cuda.grid(1))
+    first = thread * count
+    whole = first + count <= 8 * wide
+    if whole:
+        for q in range(4):
+            load16(x, 4 * thread + q, raw, 4 * q)
+    else:
+        gather(x, first, n, count, raw)
+    for start in range(0, CELLS, THREADS):
+        c = start + cuda.threadIdx.x
+        if c < CELLS:
+            cell = uint64(cells[c])
+            bounds[c] = bits_float(uint32(cell & uint64(0xFFFFFFFF)))
+            below[c] = uint32(cell >> uint64(32))
+    cuda.syncthreads()
+    lanes = int32((1 << block_shift) // count)  # neighbouring threads that share a block
+    bits = block_absmax_bits(max_magnitude_64_bytes(x, raw), lanes, scratch)
+    scale = bits_float(bits)
+    if cuda.threadIdx.x & (lanes - 1) == 0 and first < n:
+        absmax[first >> block_shift] = scale
+        if check and bits >= uint32(INFINITY_BITS):
+            flag[0] = 1
+    inverse = reciprocal(scale) if scale > float32(0) else float32(0)
+    if inverse < float32(math.inf):
+        for w in range(count >> 3):
+            words[w] = codes_of_eight(x, raw, 8 * w, inverse, False, bounds, below)
+    else:
+        for w in range(count >> 3):
+            words[w] = codes_of_eight(x, raw, 8 * w, scale, True, bounds, below)
+    if whole:
+        store_codes(packed, thread, x, words)
+    else:
+        for b in range(count >> 1):
+            if first + 2 * b < n:
+                packed[(first >> 1) + b] = uint8(words[b >> 2] >> uint32(8 * (b & 3)) & uint32(255))
+
+
+VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4, "v5": v5}
 
 
 @functools.lru_cache(maxsize=1024)
-def shape(version, n, block_size):
+def shape(version, n, block_size, x_bytes):
     """(blocks, threads a block) that cover n elements: a quantization block never crosses a thread block."""
-    threads = THREADS if version == "v1" else max(THREADS, block_size // 8)
-    elements = block_size if version == "v1" else 16 if version == "v4" else 8  # a thread's share
+    elements = {"v1": block_size, "v4": 16, "v5": 64 // x_bytes}.get(version, 8)  # a thread's share
+    threads = THREADS if version == "v1" else max(THREADS, block_size // (8 if version == "v4" else elements))
     return -(-n // (threads * elements)), threads

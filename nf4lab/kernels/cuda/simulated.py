@@ -8,28 +8,49 @@ import threading
 import numpy as np
 
 __all__ = [
+    "barrier_arrive",
+    "barrier_init",
+    "barrier_wait",
+    "barriers_ready",
     "bits_float",
+    "copies_done",
+    "copies_go",
+    "copy4",
+    "copy16",
+    "copy_bulk",
+    "element_bits",
     "float_bits",
+    "from_lane",
     "has_float16_range",
     "in_16_bytes",
     "load",
     "load8",
     "load16",
     "load_codes",
+    "load_matrices",
     "max_across",
     "max_magnitude",
     "max_magnitude8",
+    "max_magnitude_64_bytes",
     "multiply",
     "multiply_16x16x8",
+    "multiply_tile",
+    "next_code",
     "pack_half",
+    "pack_like",
     "pair_at",
+    "pinned",
     "quotient",
     "reciprocal",
+    "shifted",
     "store",
     "store4",
     "store16",
     "store16_words",
+    "store_codes",
     "sum_across",
+    "sync_warp",
+    "widen",
     "widen8",
 ]
 
@@ -53,6 +74,10 @@ def quotient(a, b):
 
 def reciprocal(x):
     return quotient(1, x)
+
+
+def next_code(word, code, s, boundary):
+    return np.uint32((int(word) << 4) + int(code) + bool(s > boundary) & 0xFFFFFFFF)
 
 
 def load(x, i):
@@ -107,8 +132,13 @@ def max_magnitude(bits, value):
 
 
 def load16(data, i, words, first):
-    flat = np.asarray([int(data[16 * i + k]) for k in range(16)], dtype=np.uint8)
-    words[first : first + 4] = flat.view(np.uint32)
+    words[first : first + 4] = bytes_of(data)[16 * int(i) : 16 * int(i) + 16].view(np.uint32)
+
+
+def bytes_of(array):
+    """The memory of an array (or of the simulator's stand-in for one) as uint8."""
+    array = getattr(array, "_item", array)  # what the simulator wraps a kernel's argument in
+    return np.asarray(getattr(array, "_ary", array)).view(np.uint8)
 
 
 def pack_half(low, high):
@@ -130,25 +160,166 @@ def max_magnitude8(x, raw):
     return max(int(word) & 0x7FFFFFFF for word in raw)
 
 
+def _dtype(x):
+    return np.asarray(getattr(getattr(x, "_item", x), "_ary", x)).dtype
+
+
+def widen(x, raw, e):
+    return load(np.asarray(raw, np.uint32).view(_dtype(x)), e)
+
+
+def max_magnitude_64_bytes(x, raw):
+    return max(int(float_bits(widen(x, raw, e))) & 0x7FFFFFFF for e in range(4 * in_16_bytes(x)))
+
+
+def element_bits(x, i):
+    return int(np.asarray(x[i]).reshape(1).view(np.uint32 if _dtype(x) == np.float32 else np.uint16)[0])
+
+
+def store_codes(packed, i, x, words):
+    count = in_16_bytes(x) // 2
+    for k in range(count):
+        store4(packed, count * int(i) + k, words[k])
+
+
 def pair_at(shared, word, byte, lane_bytes):
     return shared[((int(word) >> 8 * byte & 255) * 256 + int(lane_bytes)) >> 2]
 
 
 def _exchange(value):
-    """The values that all threads of the block bring, by thread number: two barriers, so call it from every thread."""
+    """The values that the lanes of this warp bring, by thread number: call it from every lane."""
     thread = threading.current_thread()
-    box = thread._manager.__dict__.setdefault("exchange", {})
-    box[thread.thread_id] = value
-    thread.syncthreads()
-    seen = dict(box)
-    thread.syncthreads()
-    return thread.thread_id, seen
+    me, threads = thread.thread_id, int(np.prod(thread._manager._block_dim))
+    warps = thread._manager.__dict__.setdefault("warps", {})
+    barrier, box = warps.setdefault(me // 32, (threading.Barrier(min(32, threads - me // 32 * 32)), {}))
+    barrier.wait(60)
+    box[me] = value
+    barrier.wait(60)
+    return me, dict(box)
 
 
 def max_across(value, lanes):
     me, seen = _exchange(value)
     first = me - me % lanes
     return max(seen[peer] for peer in range(first, first + lanes) if peer in seen)
+
+
+def copy_bytes(width):
+    def copy(shared, to, data, i):
+        bytes_of(shared)[4 * int(to) : 4 * int(to) + width] = bytes_of(data)[width * int(i) : width * int(i) + width]
+
+    return copy
+
+
+copy4, copy16 = copy_bytes(4), copy_bytes(16)
+
+
+def pinned(shared, number):
+    return shared
+
+
+def shifted(number, by):
+    return int(number) >> int(by)
+
+
+def copies_go():
+    """Copies are made at once here."""
+
+
+def copies_done(under_way):
+    """Copies are made at once here."""
+
+
+def sync_warp():
+    _exchange(None)
+
+
+class Barrier:
+    """An mbarrier: after `count` arrivals its phase turns, from 0 to 1 and back."""
+
+    def __init__(self, count):
+        self.count = self.missing = count
+        self.phase, self.turned = 0, threading.Condition()
+
+
+def _barriers():
+    return threading.current_thread()._manager.__dict__.setdefault("barriers", {})
+
+
+def barrier_init(shared, i, number):
+    _barriers()[int(i)] = Barrier(int(number))
+
+
+def barriers_ready():
+    """Initialised at once here."""
+
+
+def barrier_arrive(shared, i, number):
+    barrier = _barriers()[int(i)]
+    with barrier.turned:
+        barrier.missing -= int(number)
+        if not barrier.missing:
+            barrier.missing, barrier.phase = barrier.count, barrier.phase ^ 1
+            barrier.turned.notify_all()
+
+
+def barrier_wait(shared, i, number):
+    barrier = _barriers()[int(i)]
+    with barrier.turned:
+        if not barrier.turned.wait_for(lambda: barrier.phase != int(number), timeout=60):
+            raise RuntimeError(f"nobody arrives at the barrier in word {i}")
+
+
+def copy_bulk(shared, to, data, i, count, barrier):
+    source = bytes_of(data)[16 * int(i) : 16 * int(i) + int(count)]
+    bytes_of(shared)[4 * int(to) : 4 * int(to) + int(count)] = source
+    barrier_arrive(shared, barrier, 1)
+
+
+def load_matrices(shared, i, words):
+    me, rows = _exchange(int(i))
+    lane, first = me % 32, me - me % 32
+    for k in range(4):
+        words[k] = shared[rows[first + 8 * k + lane // 4] + lane % 4]
+
+
+def pack_like(x, low, high):
+    if x.dtype == np.float16:
+        return pack_half(low, high)
+    halves = np.zeros(2, np.uint16)
+    store(halves, 0, low)
+    store(halves, 1, high)
+    return int(halves.view(np.uint32)[0])
+
+
+def pair_of(x, word):
+    """The two elements of a uint32, of the type of x, as float32."""
+    if x.dtype == np.float16:
+        return np.array([word], np.uint32).view(np.float16).astype(np.float32)
+    return np.array([word << 16 & 0xFFFF0000, word & 0xFFFF0000], np.uint32).view(np.float32)
+
+
+def multiply_tile(x, sums, first, *fragments):
+    """Lane (g, t) brings A[g, 2t:], A[g + 8, 2t:], A[g, 2t + 8:], A[g + 8, 2t + 8:], B[2t:, g], B[2t + 8:, g]: pairs.
+
+    It gets C[g, 2t], C[g, 2t + 1], C[g + 8, 2t], C[g + 8, 2t + 1].
+    """
+    me, seen = _exchange([int(word) for word in fragments])
+    a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        pairs = [pair_of(x, word) for word in seen[me - me % 32 + lane]]
+        for n, (row, column) in enumerate([(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]):
+            a[row, column : column + 2] = pairs[n]
+        b[2 * t : 2 * t + 2, g], b[2 * t + 8 : 2 * t + 10, g] = pairs[4], pairs[5]
+    c, (g, t) = a @ b, divmod(me % 32, 4)
+    for n, place in enumerate([(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]):
+        sums[first + n] += c[place]
+
+
+def from_lane(value, lane):
+    me, seen = _exchange(value)
+    return seen[me - me % 32 + int(lane)]
 
 
 def sum_across(value, lanes):
