@@ -163,8 +163,10 @@ def quantize(
     The format of what is stored is the same. block_size must divide the columns.
     backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes.
 
-    NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) for float32, float16 and bfloat16 wherever absmax is
-    at least 1e-38; below that bitsandbytes clamps, and this does not. A zero block has absmax 0 and decodes to zeros.
+    NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) in full blocks of float32, float16 and bfloat16 wherever
+    absmax is at least 1e-38; below that bitsandbytes clamps, and this does not. A zero block has absmax 0 and decodes
+    to zeros. In a short last block bitsandbytes divides by the absmax, where this multiplies by its reciprocal as in
+    all others: a weight within a rounding of a boundary can have another code there.
 
     >>> w = torch.tensor([0.5, -1.0, 0.25, 0.0])
     >>> quantize(w).codes

@@ -88,3 +88,28 @@ def test_below_1e_minus_38_bitsandbytes_clamps_and_nf4lab_does_not(bitsandbytes)
     q = nf4lab.quantize(x)
     assert not torch.equal(q.packed, packed.reshape(-1))
     assert torch.equal(q.codes, nf4lab.quantize(x * 2.0**60).codes)
+
+
+@pytest.mark.parametrize(("length", "differing"), [(64, 0), (16, 37)])
+def test_with_weights_on_the_boundaries_full_blocks_agree_and_short_ones_do_not(bitsandbytes, length, differing):
+    """m times each boundary beside an absmax of m. In a short block bitsandbytes divides, as the last check shows."""
+    boundaries = nf4lab.FORMATS["nf4"].boundaries
+    different = 0
+    for m in range(1, 65):
+        x = torch.zeros(length)
+        x[:16] = m * torch.cat([torch.ones(1), boundaries])
+        theirs = bitsandbytes.quantize_4bit(x, blocksize=64, quant_type="nf4")[0].reshape(-1)
+        different += not torch.equal(theirs, nf4lab.quantize(x, block_size=64).packed)
+        divided = torch.bucketize(x / m, boundaries).to(torch.uint8).reshape(-1, 2)
+        if length < 64:
+            assert torch.equal(theirs, divided[:, 0] << 4 | divided[:, 1])
+    assert different == differing
+
+
+def test_a_short_block_of_zeros_has_an_absmax_of_1e_minus_38_there_and_0_here(bitsandbytes):
+    packed, state = bitsandbytes.quantize_4bit(torch.zeros(10), blocksize=64, quant_type="nf4")
+    q = nf4lab.quantize(torch.zeros(10), block_size=64)
+    assert state.absmax == 1e-38 and q.absmax == 0
+    assert torch.equal(packed.reshape(-1), q.packed)
+    full = bitsandbytes.quantize_4bit(torch.zeros(64), blocksize=64, quant_type="nf4")[1]
+    assert full.absmax == 0
