@@ -4,7 +4,7 @@ import functools
 import http.server
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pathlib import Path
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+PATIENCE_MS = 600_000  # for each step: a machine with other work is slow, not wrong
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -35,12 +36,24 @@ def serving(folder: Path | None = None, handler=Quiet) -> Iterator[str]:
 
 @contextmanager
 def chromium() -> Iterator:
-    """Debian's Chromium, under Playwright."""
+    """Debian's Chromium, under Playwright; its pages and contexts are patient."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS, timeout=PATIENCE_MS)
+        browser.new_page, browser.new_context = patient(browser.new_page), patient(browser.new_context)
         try:
             yield browser
         finally:
             browser.close()
+
+
+def patient(new: Callable) -> Callable:
+    """The same maker of pages or contexts, with PATIENCE_MS for each step."""
+
+    def made(**view):
+        page = new(**view)
+        page.set_default_timeout(PATIENCE_MS)
+        return page
+
+    return made

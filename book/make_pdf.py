@@ -2,10 +2,12 @@
 
 The pages' articles, in reading order, become one document with a title page and a table of contents, which Chromium
 prints with its own page numbers, outline and tags for screen readers. Answers and solutions are open on paper; code
-that only plots is left out. It is printed twice: the second time, the contents know the page numbers of the first.
+that only plots is left out. The contents have the page numbers of the PDF that is there; where those turn out to be
+others, it is printed once more. Where no page has changed since, nothing is printed.
 """
 
 import datetime
+import functools
 import io
 import os
 import re
@@ -28,6 +30,7 @@ MATHJAX = {
     "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
     "options": {"processHtmlClass": "math"},
 }
+PRINTS = 3  # at the most: the second time, the contents know the page numbers of the first
 COLUMN_PX = round((210 - 2 * 20) / 25.4 * 96)  # A4 without its margins, at CSS's 96 pixels an inch
 FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
 
@@ -47,7 +50,9 @@ def place(page: str, anchor: str = "") -> str:
 
 def article(page: str, pages: set[str]) -> BeautifulSoup:
     """A page's article, its ids and links made to fit the one document."""
-    soup = BeautifulSoup((SITE / f"{page}.html").read_text(), "html.parser").find("article")
+    html = (SITE / f"{page}.html").read_text()
+    start, end = html.index("<article"), html.index("</article>")  # to parse all of it takes three times as long
+    soup = BeautifulSoup(html[start:end], "html.parser").find("article")
     for tag in soup.select(".headerlink, .copybtn, .viewcode-link, .tag_hide-input details.hide"):
         tag.decompose()
     for tag in soup.find_all(id=True):
@@ -71,17 +76,25 @@ def inside(page: str, href: str, pages: set[str]) -> str:
     return f"#{place(name, anchor)}" if name in pages else href
 
 
+def pages() -> list[str]:
+    """All pages in reading order."""
+    return [page for _, chapters in contents() for page in chapters]
+
+
+@functools.cache
+def articles() -> dict[str, BeautifulSoup]:
+    """{page: its article}, in reading order."""
+    return {page: article(page, set(pages())) for page in pages()}
+
+
 def document(numbers: dict[str, int]) -> str:
     """The whole book as HTML; the contents name the page numbers that are known."""
-    parts = contents()
-    pages = {page for _, chapters in parts for page in chapters}
-    articles = {page: article(page, pages) for _, chapters in parts for page in chapters}
-    titles = {page: found.find("h1").get_text().strip() for page, found in articles.items()}
+    titles = {page: found.find("h1").get_text().strip() for page, found in articles().items()}
     lines = []
-    for part, chapters in parts[1:]:
+    for part, chapters in contents()[1:]:
         rows = "".join(row(page, titles[page], numbers) for page in chapters)
         lines.append(f"<h2>{part}</h2><ul>{rows}</ul>")
-    body = "".join(str(found) for found in articles.values())
+    body = "".join(str(found) for found in articles().values())
     return (
         f"<!DOCTYPE html><html lang=en data-theme=light><head><meta charset=utf-8><title>4-bit NormalFloat</title>"
         f"<link rel=stylesheet href=_static/pygments.css><style>{PRINT_STYLE.read_text()}</style>"
@@ -113,34 +126,51 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
     return {name.removeprefix("/"): reader.get_destination_page_number(place) + 1 for name, place in places}
 
 
-def print_pdf(html_of) -> bytes:
-    """The PDF of html_of(page numbers), printed twice."""
-    numbers = {}
+def print_pdf(html_of, numbers: dict[str, int]) -> bytes:
+    """The PDF of html_of(page numbers), which are first these, and then those of the PDF itself, until they are."""
     with serving(SITE) as address, chromium() as browser:
-        for _ in range(2):
-            page, html = browser.new_page(), html_of(numbers)
-            page.route(
-                "**/whole-book.html", lambda route, _, html=html: route.fulfill(body=html, content_type="text/html")
-            )
-            page.emulate_media(media="print")
-            page.set_viewport_size({"width": COLUMN_PX, "height": 900})  # what draws itself measures the column
-            page.goto(address + "whole-book.html")
-            page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
-            pdf = page.pdf(
-                format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
-                header_template="<span></span>", footer_template=FOOTER,
-                margin={"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
-            )  # fmt: skip
-            page.close()
-            numbers = page_numbers(pdf)
+        for _ in range(PRINTS):
+            pdf = print_html(browser, address + "whole-book.html", html_of(numbers))
+            before, numbers = numbers, page_numbers(pdf)
+            if same_contents(before, numbers):
+                break
     return pdf
+
+
+def print_html(browser, address: str, html: str) -> bytes:
+    """The PDF of a document that is served at this address, beside the book."""
+    page = browser.new_page()
+    page.route("**/whole-book.html", lambda route: route.fulfill(body=html, content_type="text/html"))
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": COLUMN_PX, "height": 900})  # what draws itself measures the column
+    page.goto(address)
+    page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
+    pdf = page.pdf(
+        format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
+        header_template="<span></span>", footer_template=FOOTER,
+        margin={"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
+    )  # fmt: skip
+    page.close()
+    return pdf
+
+
+def same_contents(before: dict[str, int], after: dict[str, int]) -> bool:
+    """Whether every page of the book begins where the contents say."""
+    return all(before.get(place(page)) == after.get(place(page)) for page in pages())
+
+
+def up_to_date() -> bool:
+    """Whether the PDF is newer than all that it is made of."""
+    sources = [PRINT_STYLE, Path(__file__), ROOT / "_toc.yml", *(SITE / f"{page}.html" for page in pages())]
+    return PDF.exists() and PDF.stat().st_mtime > max(path.stat().st_mtime for path in sources)
 
 
 def main() -> int:
     if not shutil.which("chromium"):
         print("no Chromium here (Debian's package `chromium`), so no PDF")
         return 0
-    PDF.write_bytes(print_pdf(document))
+    if not up_to_date():
+        PDF.write_bytes(print_pdf(document, page_numbers(PDF.read_bytes()) if PDF.exists() else {}))
     print(f"{PDF.relative_to(ROOT)}: {PDF.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -14,6 +14,37 @@ spec.loader.exec_module(make_pdf)
 built = pytest.mark.skipif(not make_pdf.SITE.exists(), reason="the book is not built: run `make book`")
 
 
+@pytest.mark.parametrize(
+    ("at_first", "prints"), [({"a": 5, "b": 9}, ["59"]), ({"a": 5, "b": 8}, ["58", "59"]), ({}, ["", "59"])]
+)
+def test_it_is_printed_again_only_where_the_contents_name_other_pages(monkeypatch, at_first, prints):
+    pytest.importorskip("playwright.sync_api")
+    if not make_pdf.shutil.which("chromium"):
+        pytest.skip("no Chromium: install Debian's package `chromium`")
+    printed = []
+    monkeypatch.setattr(make_pdf, "pages", lambda: ["a", "b"])
+    monkeypatch.setattr(make_pdf, "print_html", lambda browser, address, html: printed.append(html) or b"")
+    monkeypatch.setattr(make_pdf, "page_numbers", lambda pdf: {"a": 5, "b": 9, "b--anchor": 11})
+    make_pdf.print_pdf(lambda numbers: "".join(str(numbers[page]) for page in "ab" if page in numbers), at_first)
+    assert printed == prints
+
+
+def test_it_is_printed_where_a_page_or_its_style_is_newer(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_pdf, "pages", lambda: ["a"])
+    for name, path in {"SITE": tmp_path, "PDF": tmp_path / "book.pdf", "PRINT_STYLE": tmp_path / "print.css"}.items():
+        monkeypatch.setattr(make_pdf, name, path)
+    (tmp_path / "a.html").touch()
+    make_pdf.PRINT_STYLE.touch()
+    assert not make_pdf.up_to_date()  # there is none
+    make_pdf.PDF.touch()
+    assert make_pdf.up_to_date()
+    for path in (tmp_path / "a.html", make_pdf.PRINT_STYLE):
+        later = make_pdf.PDF.stat().st_mtime + 10
+        make_pdf.os.utime(path, (later, later))
+        assert not make_pdf.up_to_date()
+        make_pdf.os.utime(path, (0, 0))
+
+
 @built
 def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside():
     soup = make_pdf.BeautifulSoup(make_pdf.document({}), "html.parser")

@@ -174,6 +174,8 @@ def slim_mathjax(folder: Path) -> None:
 def slim_image(path: Path) -> None:
     """A figure with a palette, where that makes it smaller."""
     with Image.open(path) as image:
+        if image.mode == "P":  # by an earlier build
+            return
         flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
         dpi = image.info.get("dpi")
     smaller = path.with_suffix(".tmp")
