@@ -191,10 +191,10 @@ def test_fitted_levels_have_less_error_on_their_weights_than_any_other_format_of
         assert min(errors, key=errors.get) is own
 
 
-def test_a_codebook_is_made_in_less_than_5_seconds():
-    start = time.perf_counter()
+def test_a_codebook_is_made_in_less_than_5_seconds_of_processor_time():
+    start = time.process_time()
     codebooks.optimal(64)
-    assert time.perf_counter() - start < 5  # some 10 ms on one core
+    assert time.process_time() - start < 5  # some 10 ms on one core
 
 
 def test_what_makes_no_codebook_is_refused():

@@ -86,7 +86,7 @@ def run_on_colab(colab, folder, notebook):
     nbformat.write(notebook, folder / "notebook.ipynb")
     run = (
         "import nbformat, nbclient; notebook = nbformat.read('notebook.ipynb', 4);"
-        "nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3').execute();"
+        "nbclient.NotebookClient(notebook, timeout=7200, kernel_name='python3').execute();"
         "nbformat.write(notebook, 'executed.ipynb')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLAB_RELEASE_TAG": "rehearsal"}

@@ -181,11 +181,11 @@ def test_what_no_quadrature_covers_is_refused():
         theory.expected(replace(nf4lab.FORMATS["uniform"], constants_dtype=torch.float8_e4m3fn))
 
 
-def test_an_expected_error_takes_less_than_50_ms():
+def test_an_expected_error_takes_less_than_50_ms_of_processor_time():
     theory.expected("nf4")
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         theory.expected("nf4", 64)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05  # about 2 ms on one core; min-max, with two extremes, about 25
