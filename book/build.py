@@ -82,11 +82,11 @@ def write(root: Path, outputs: Outputs, log: Log) -> bool:
     log.say("writing the pages")
     begin = log.path.stat().st_size
     book = Path(sys.executable).with_name("jupyter-book")
-    environment = os.environ | {"NO_COLOR": "1", FILLED: str(outputs.folder)}
+    environment = os.environ | {FILLED: str(outputs.folder)}
     written = subprocess.run([book, "build", root, "-W", "--keep-going"], env=environment).returncode == 0
     if not written:
         shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)
-        text = log.path.read_bytes()[begin:].decode(errors="replace")
+        text = re.sub(r"\x1b\[[\d;]*m", "", log.path.read_bytes()[begin:].decode(errors="replace"))  # without colours
         for line in re.findall(r"^.*(?:WARNING|ERROR|[Ee]rror:).*$", text, re.M) or text.splitlines()[-10:]:
             log.say(f"  {line}")
     return written
@@ -101,7 +101,7 @@ def print_pdf(log: Log) -> bool:
 
 
 def build(root: Path, names: list[str], pdf: bool, log: Log) -> int:
-    """The three steps, and the last lines; 1 if anything went wrong."""
+    """The three steps, and the last lines of the terminal; 1 if anything went wrong."""
     start = time.monotonic()
     outputs = Outputs(root)
     failed = run(root, names, outputs, log)
@@ -109,11 +109,11 @@ def build(root: Path, names: list[str], pdf: bool, log: Log) -> int:
     if pdf and right and not names:
         right = print_pdf(log)
     log.say(f"{time.monotonic() - start:.0f} s; open {root}/_build/html/index.html")
-    broken = [run for run in failed if run.failure != run_pages.STOPPED]
-    for run_ in broken:
-        log.say(f"failed: {run_.page.path.relative_to(root)}, {run_.failure}")
-    if len(failed) > len(broken):
-        log.say(f"stopped: {', '.join(run_.page.name for run_ in failed if run_ not in broken)}")
+    broken = [one for one in failed if one.failure != run_pages.STOPPED]
+    for one in broken:
+        log.say(f"failed: {one.page.path.relative_to(root)}, {one.failure}")
+    if stopped := [Path(one.page.name).name for one in failed if one not in broken]:
+        log.say(f"stopped before the end of: {', '.join(sorted(stopped))}")
     if failed:
         log.say(f"`make book` runs {'this page' if len(failed) == 1 else f'these {len(failed)} pages'} again")
     return int(not right)

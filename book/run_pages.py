@@ -27,7 +27,7 @@ from nbclient.client import CellTimeoutError
 sys.path.insert(0, str(Path(__file__).resolve().parent / "_ext"))
 from runs import cache_folder, records
 
-PAGE_BYTES = 1.5e9  # the memory that a page may need
+PAGE_BYTES = 2e9  # memory for a page: the largest takes 1.5 GB
 STOPPED, NOT_RUN = "the build was stopped", "this page was not run: `make book` runs it"
 
 

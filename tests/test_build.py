@@ -248,7 +248,7 @@ def test_ctrl_c_keeps_the_pages_that_are_done_and_the_next_build_runs_the_rest(b
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate()
     assert process.returncode == 1
-    assert shown.splitlines()[-2] == "stopped: book/z"
+    assert shown.splitlines()[-2] == "stopped before the end of: z"
     assert "AAA" in book.page("a")
     assert "NotRun" in book.page("z")
     book.write("book/go.txt", "")
