@@ -107,6 +107,18 @@ def scaled(samples, factor):
     return {name: [factor * value for value in values] for name, values in samples.items()}
 
 
+def measure_ceilings(args):
+    """What this device does at best of the two things that a budget by hand divides by."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    samples = alternate({"torch": lambda: target.copy_(source)}, args.rounds, "cuda", repeats=5)
+    record("copy", "TB/s", {"torch": [2e-12 * source.nbytes / seconds for seconds in samples["torch"]]})
+    x, w = (torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16) for n in (4096, 14336))
+    samples = alternate({"torch": lambda: nn.functional.linear(x, w)}, args.rounds, "cuda", repeats=5)
+    rates = [2e-12 * len(x) * w.numel() / seconds for seconds in samples["torch"]]
+    record("multiply", "TFLOP/s", {"torch": rates}, rows=len(x), shape=f"{len(w)}x4096")
+
+
 # --- one layer
 
 
@@ -387,6 +399,8 @@ def main():
     args.results.mkdir(exist_ok=True)
     name = torch.cuda.get_device_name().replace(" ", "-").lower() if args.device == "cuda" else "cpu"
     path = args.results / f"{name}-model.json"
+    if args.device == "cuda":
+        measure_ceilings(args)
     if "host" in parts:
         measure_host(args, torch.bfloat16)
     if "layer" in parts:
