@@ -1,7 +1,9 @@
 """The book as one PDF: the pages in order, links that stay inside, and contents that name the right pages."""
 
 import importlib.util
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,13 @@ def test_it_is_printed_where_a_page_or_its_style_is_newer(tmp_path, monkeypatch)
     make_pdf.PRINT_STYLE.touch()
     assert not make_pdf.up_to_date()  # there is none
     make_pdf.PDF.touch()
+    now = time.time() + 1
+    os.utime(make_pdf.PDF, (now, now))
     assert make_pdf.up_to_date()
     for path in (tmp_path / "a.html", make_pdf.PRINT_STYLE):
-        later = make_pdf.PDF.stat().st_mtime + 10
-        make_pdf.os.utime(path, (later, later))
+        os.utime(path, (now + 1, now + 1))
         assert not make_pdf.up_to_date()
-        make_pdf.os.utime(path, (0, 0))
+        os.utime(path, (0, 0))
 
 
 @built
