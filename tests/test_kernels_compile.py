@@ -122,7 +122,10 @@ def test_the_gemm_fits_its_registers(eights, tiles, capability):
 
 
 TEACHING = {
-    **{f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT)) for v in ("v1", "v2", "v3")},
+    **{
+        f"dequantize {v}": (dequantize_kernels.VERSIONS[v], dequantize_types(BFLOAT))
+        for v in ("v1", "pair", "eight", "wide", "v2", "v3")
+    },
     **{f"quantize {v}": (quantize_kernels.VERSIONS[v], quantize_types(BFLOAT)) for v in ("v1", "v2", "v3", "v4")},
     "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
     "hadamard": (hadamard_kernels.butterflies, (FLOAT, NUMBER)),

@@ -1,12 +1,15 @@
 """NF4 codes back to numbers on the GPU: value = levels[code] * absmax[block], rounded once to the output's dtype.
 
 v1      one thread, one byte: the kernel that teaches
-v2      the 16 levels in shared memory: no two codes of a warp wait for each other
-v3      one thread, one 16-byte store: a group of eight 16-bit values (4 bytes of codes) or four float32 (2 bytes)
+pair    v1 with one store for its two values
+eight   v1 with as many weights a thread as fill 16 bytes of output, still a byte a load and a value a store
+wide    as many, with one load for their codes and one 16-byte store
+v2      v1 with the 16 levels in shared memory: no two codes of a warp wait for each other
+v3      wide and v2 together: one thread, one 16-byte store: a group of eight 16-bit values (4 bytes of codes) or four float32 (2 bytes)
 v4      two such groups a thread, all loads under way before the table is needed: the one in use
 nested  v4 with the absmax decoded on the way, from 8-bit codes: one launch, 1 byte a block instead of 4
 
-v1 to v4 take (packed, absmax, levels, out, n, block_shift, wide) with block_size = 2**block_shift. Groups
+All but nested take (packed, absmax, levels, out, n, block_shift, wide) with block_size = 2**block_shift. Groups
 numbered below `wide` are whole and aligned for wide loads and stores; the others go element by element.
 """
 
@@ -14,7 +17,7 @@ import functools
 
 from numba import config, cuda, float32, int64, uint8, uint32
 
-from .intrinsics import in_16_bytes, load_codes, multiply, store, store16
+from .intrinsics import in_16_bytes, load_codes, multiply, store, store16, store_pair
 
 THREADS = 32 if config.ENABLE_CUDASIM else 256  # the simulator starts a thread of the host for each
 
@@ -43,6 +46,34 @@ def v2(packed, absmax, levels, out, n, block_shift, wide):
         store(out, 2 * i, table[byte >> 4] * scale)
         if 2 * i + 1 < n:
             store(out, 2 * i + 1, table[byte & 15] * scale)
+
+
+@cuda.jit
+def pair(packed, absmax, levels, out, n, block_shift, wide):
+    i = int64(cuda.grid(1))
+    if 2 * i < n:
+        byte = packed[i]
+        scale = absmax[(2 * i) >> block_shift]
+        if wide > 0 and 2 * i + 1 < n:
+            store_pair(out, i, levels[byte >> 4] * scale, levels[byte & 15] * scale)
+        else:
+            store(out, 2 * i, levels[byte >> 4] * scale)
+            if 2 * i + 1 < n:
+                store(out, 2 * i + 1, levels[byte & 15] * scale)
+
+
+@cuda.jit
+def eight(packed, absmax, levels, out, n, block_shift, wide):
+    count = in_16_bytes(out)
+    first = int64(cuda.grid(1)) * count
+    if first < n:
+        scale = absmax[first >> block_shift]
+        for k in range(0, count, 2):
+            if first + k < n:
+                byte = packed[(first + k) >> 1]
+                store(out, first + k, levels[byte >> 4] * scale)
+                if first + k + 1 < n:
+                    store(out, first + k + 1, levels[byte & 15] * scale)
 
 
 @cuda.jit(device=True, inline="always")
@@ -74,6 +105,14 @@ def write_group(out, i, n, wide, word, scale, table):
         for k in range(count):
             if count * i + k < n:
                 store(out, count * i + k, values[k])
+
+
+@cuda.jit
+def wide(packed, absmax, levels, out, n, block_shift, wide):
+    i = int64(cuda.grid(1))
+    start = i * in_16_bytes(out)
+    if start < n:
+        write_group(out, i, n, wide, read_group(packed, i, out, n, wide), absmax[start >> block_shift], levels)
 
 
 @cuda.jit
@@ -145,12 +184,13 @@ def nested(packed, codes, group_absmax, offset, code_map, levels, out, n, block_
         write_group(out, j, n, wide, word_j, multiply(decoded[code_j], group_j) + smallest, table)
 
 
-VERSIONS = {"v1": v1, "v2": v2, "v3": v3, "v4": v4}
+VERSIONS = {"v1": v1, "pair": pair, "eight": eight, "wide": wide, "v2": v2, "v3": v3, "v4": v4}
 
 
 @functools.lru_cache(maxsize=1024)
 def shape(version, n, out_bytes):
     """(blocks, threads a block) that cover n elements of out_bytes each."""
     group = 16 // out_bytes
-    elements = {"v1": 2, "v2": 2, "v3": group}.get(version, 2 * group)  # a thread's share
+    shares = {"v1": 2, "pair": 2, "v2": 2, "eight": group, "wide": group, "v3": group}
+    elements = shares.get(version, 2 * group)  # of a thread
     return -(-n // (THREADS * elements)), THREADS

@@ -50,6 +50,7 @@ __all__ = [
     "store16",
     "store16_words",
     "store_codes",
+    "store_pair",
     "sum_across",
     "sync_warp",
     "widen",
@@ -245,6 +246,23 @@ def store(typing, out, i, value):
         return context.get_dummy_value()
 
     return types.void(out, i, value), emit
+
+
+@intrinsic
+def store_pair(typing, out, i, low, high):
+    def emit(context, builder, signature, args):
+        low, high = (context.cast(builder, args[j], signature.args[j], types.float32) for j in (2, 3))
+        if out.dtype == types.float32:
+            words = [builder.bitcast(low, I32), builder.bitcast(high, I32)]
+        else:
+            words = [half_pair(builder, out.dtype, low, high)]
+        vector = ir.Constant(ir.VectorType(I32, len(words)), ir.Undefined)
+        for k, word in enumerate(words):
+            vector = builder.insert_element(vector, word, ir.Constant(I32, k))
+        builder.store(vector, at(context, builder, out, args[0], i, args[1], vector.type), align=4 * len(words))
+        return context.get_dummy_value()
+
+    return types.void(out, i, low, high), emit
 
 
 def per_store(kind):

@@ -48,6 +48,7 @@ __all__ = [
     "store16",
     "store16_words",
     "store_codes",
+    "store_pair",
     "sum_across",
     "sync_warp",
     "widen",
@@ -125,6 +126,11 @@ def store16(out, i, values):
     count = in_16_bytes(out)
     for k in range(count):
         store(out, count * i + k, values[k])
+
+
+def store_pair(out, i, low, high):
+    store(out, 2 * i, low)
+    store(out, 2 * i + 1, high)
 
 
 def max_magnitude(bits, value):
