@@ -5,7 +5,7 @@ pair    v1 with one store for its two values
 eight   v1 with as many weights a thread as fill 16 bytes of output, still a byte a load and a value a store
 wide    as many, with one load for their codes and one 16-byte store
 v2      v1 with the 16 levels in shared memory: no two codes of a warp wait for each other
-v3      wide and v2 together: one thread, one 16-byte store: a group of eight 16-bit values (4 bytes of codes) or four float32 (2 bytes)
+v3      wide and v2 together: eight 16-bit values (4 bytes of codes) or four float32 (2 bytes) a thread
 v4      two such groups a thread, all loads under way before the table is needed: the one in use
 nested  v4 with the absmax decoded on the way, from 8-bit codes: one launch, 1 byte a block instead of 4
 
