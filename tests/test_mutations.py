@@ -1,0 +1,46 @@
+"""The checks of the chapters bite: a number or a rule of a page is broken a little, and the page must fail.
+
+The unbroken pages run when the book is built. A page stops at its first failing check, so most of these take seconds.
+"""
+
+from pathlib import Path
+
+import jupytext
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# chapter, what stands there, what stands there instead
+BROKEN = [
+    ("01", "k = torch.round(w / step)", "k = torch.floor(w / step)"),  # not the nearest level
+    ("01", "step_uniform = (high - low) / 15", "step_uniform = (high - low) / 14"),  # one gap too few
+    ("01", "0.5) + 0.5) * 0.5  # cells", "0.5) + 0.6) * 0.5  # cells"),  # levels off the middle of their cells
+    ("02", "return (runs - mean) / std  #", "return (runs - mean) / (1.03 * std)  #"),
+    ("02", "(np.arange(n) + 0.5) / n", "(np.arange(n) + 0.9) / n"),  # the Q-Q plot's probabilities
+    ("03", "tail = (31 / 32 + 29 / 30) / 2", "tail = (31 / 32 + 28 / 30) / 2"),
+    ("03", "norm.ppf((i + 1) / 17)", "norm.ppf((i + 1) / 16.5)"),  # the formula that the paper prints
+    ("03", "levels = [-quantile(8)", "levels = [-quantile(9)[1:]"),
+    ("04", "s = blocks * (1 / absmax)[:, None]", "s = blocks * (1.01 / absmax)[:, None]"),
+    ("04", "return pairs[:, 0] << 4 | pairs[:, 1]", "return pairs[:, 1] << 4 | pairs[:, 0]"),
+    ("05", "10.0 ** (i - 6) * middles", "10.0 ** (i - 7) * middles"),  # the dynamic map, a decade lower
+    ("05", "offset = absmax.mean()  # m", "offset = absmax.median()  # m"),
+    ("06", "nearest((blocks - m) / a, levels)", "nearest((blocks - m) / a, 1.01 * levels)"),
+    ("06", "(gap**2 / 12).mean().item(), error", "(gap**2 / 13).mean().item(), error"),
+]  # fmt: skip
+
+
+def run(sources):
+    """The cells of a page, one after the other, in one namespace."""
+    page = {"__name__": "page"}
+    for source in sources:
+        exec(compile(source, "cell", "exec"), page)
+
+
+@pytest.mark.parametrize(("number", "there", "instead"), BROKEN, ids=[f"{n}: {new}" for n, _, new in BROKEN])
+def test_a_page_with_something_broken_fails_in_a_check(number, there, instead, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    (chapter,) = (ROOT / "book").glob(f"{number}-*.md")
+    sources = [cell.source for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+    assert sum(source.count(there) for source in sources) == 1
+    with plt.rc_context({"backend": "agg"}), pytest.raises(AssertionError):
+        run([source.replace(there, instead) for source in sources])
