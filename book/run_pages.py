@@ -3,6 +3,7 @@
 jupyter-cache has executors of its own; they say nothing until all pages are done, and forget what a failed page showed.
 """
 
+import re
 import shutil
 import signal
 import sys
@@ -139,7 +140,14 @@ def execute(page: Page, timeout: float) -> Run:
     if isinstance(result.err, CellTimeoutError):
         page.show("Timeout", f"the cell took longer than {timeout} seconds, the limit of _config.yml")
     error = page.notebook.cells[page.last_cell()].outputs[-1]
-    return Run(page, result.time, f"{page.where()}: {error.ename}: {error.evalue}", result.exc_string)
+    text = error.evalue or line_of("\n".join(error.traceback))
+    return Run(page, result.time, f"{page.where()}: {error.ename}: {text}", result.exc_string)
+
+
+def line_of(traceback: str) -> str:
+    """The line of the cell at which IPython's arrow points: what an assertion without words asserts."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", traceback)
+    return next(iter(re.findall(r"^-+> *\d+ +(.*\S)", plain, re.MULTILINE)), "")
 
 
 def run_all(todo: list[Page], workers: int, timeout: float) -> Iterator[Run]:

@@ -181,6 +181,12 @@ def test_a_failed_page_is_named_with_cell_line_and_error_and_runs_alone_the_next
     assert (ran, failed) == (["b"], [])
 
 
+def test_an_assertion_without_words_is_quoted(book):
+    book.pages(a=["x = 1\nif True:\n    assert x == 2\nx = 3"])
+    _, (failure,), _ = book.run()
+    assert failure.failure.endswith("(line 15: `x = 1`): AssertionError: assert x == 2")
+
+
 def test_a_kernel_that_dies_costs_its_page_alone(book):
     book.pages(a=["1 + 1"], b=["import os\nos._exit(1)"])
     ran, (failure,), _ = book.run()
