@@ -78,6 +78,31 @@ def test_a_model_with_quantized_experts_is_saved_and_opened_by_nf4lab(tmp_path, 
     assert torch.equal(outputs(again), outputs(model))
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-2", "ViT", "T5"])
+@pytest.mark.parametrize("how", [{}, {"format": "int4"}, {"double_quant": True}])
+def test_a_folder_of_nf4labs_own_is_opened_by_nf4lab_its_experts_joined(tmp_path, name, how):
+    model = make(name)
+    model.save_pretrained(tmp_path / "in")
+    experts = ["*experts*"] if name in FUSED else []
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", **how, include=["*", *experts])
+    again = make(name, seed=1)
+    nf4lab.load_model_(again, tmp_path / "out")
+    layers = [m for m in again.modules() if isinstance(m, nf4lab.Linear4bit | nf4lab.Experts4bit)]
+    by_hand = make(name)
+    for n, layer in again.named_modules():
+        if isinstance(layer, nf4lab.Linear4bit):
+            w = by_hand.get_parameter(f"{n}.weight").data
+            turned = w.shape != layer.weight.shape or name == "GPT-2"
+            expected = nf4lab.quantize(w.T if turned else w, **how).dequantize()
+            assert torch.equal(layer.weight, expected)
+        elif isinstance(layer, nf4lab.Experts4bit):
+            whole = by_hand.get_parameter(n).data
+            parts = whole if "down" in n else whole.unflatten(1, (2, -1)).flatten(0, 1)  # gate and up, expert by expert
+            expected = torch.cat([nf4lab.quantize(p, **how).dequantize().flatten() for p in parts])
+            assert torch.equal(layer.weight.flatten(), expected)
+    assert len(layers) >= 8 and outputs(again).isfinite().all()
+
+
 @pytest.mark.parametrize("format", nf4lab.FORMATS)
 def test_a_model_in_any_format_is_saved_and_opened_by_nf4lab(tmp_path, format):
     model = make("tied Llama")

@@ -1,8 +1,12 @@
 """Folders that users have, through the conversion: what transformers makes of the result, and what is refused."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -366,3 +370,59 @@ def test_on_a_gpu_the_file_has_the_same_bytes(tmp_path):
     for device in ("cpu", "cuda"):
         nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / device, double_quant=True, device=device)
     assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_the_defaults_of_torch_change_no_byte_of_a_file(tmp_path):
+    tensors = {"a.weight": torch.randn(64, 64), "b": torch.randn(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+
+    def files(name):
+        for format in ("nf4", "nvfp4", "q4_0", "uniform"):
+            double_quant = format in ("nf4", "uniform")
+            path = tmp_path / f"{name}-{format}"
+            nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", path, format, double_quant=double_quant)
+            nf4lab.save_quantized(f"{path}-again", nf4lab.load_quantized(path))
+            yield path.read_bytes(), (tmp_path / f"{path}-again").read_bytes()
+
+    expected = list(files("plain"))
+    try:
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert list(files(str(dtype))) == expected
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        assert list(files("meta")) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+SPAWNED = """
+import pickle, sys
+from nf4lab import save_quantized
+save_quantized(sys.argv[2], {"w": pickle.load(open(sys.argv[1], "rb"))})
+"""
+
+
+def test_copies_pickles_and_other_processes_keep_the_keys_of_a_file(tmp_path):
+    q = nf4lab.quantize(torch.randn(64, 64), double_quant=True)
+    nf4lab.save_quantized(tmp_path / "a", {"w": q})
+    for twin in (copy.copy(q), copy.deepcopy(q), pickle.loads(pickle.dumps(q)), q.to("cpu")):
+        nf4lab.save_quantized(tmp_path / "b", {"w": twin})
+        assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    (tmp_path / "pickle").write_bytes(pickle.dumps(q))
+    subprocess.run([sys.executable, "-c", SPAWNED, tmp_path / "pickle", tmp_path / "c"], check=True)
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
+    assert "w.quant_state.bitsandbytes__nf4" in safetensors.torch.load_file(tmp_path / "c")
+
+
+def test_writing_to_what_a_file_or_a_layer_hands_out_moves_no_level(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    nf4lab.quantize_model_(model, double_quant=True)
+    expected = nf4lab.quantize(torch.ones(64), double_quant=True).dequantize()
+    for tensor in (*model.state_dict().values(), *parts_of("w", model[0].quantized).values()):
+        tensor.zero_()
+    nf4lab.save_quantized(tmp_path / "a", {"w": nf4lab.quantize(torch.ones(64), double_quant=True)})
+    for q in nf4lab.load_quantized(tmp_path / "a").values():
+        q.format.levels.zero_()
+    assert torch.equal(nf4lab.quantize(torch.ones(64), double_quant=True).dequantize(), expected)

@@ -6,16 +6,17 @@ refused.
 """
 
 import bisect
+import copy
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nf4lab.choice import FUSED_EXPERTS, Candidate, candidates, candidates_by_name
 
@@ -107,19 +108,54 @@ def _by_model(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architect
 
 def _places(model: nn.Module, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """Where each key of a file goes in a model: (the parameter's name, whether it is converted on the way)."""
+    place_of, _ = _transforms(model)
+    return {key: (place, pattern is not None) for key in keys for place, pattern in [place_of(key)]}
+
+
+def _transforms(model: nn.Module) -> tuple[Callable[[str], tuple[str, str | None]], dict]:
+    """(a function from a file's key to its place in the model and its conversion's pattern, converters by pattern)."""
     from transformers import conversion_mapping, core_model_loading
 
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    places = {}
-    for key in keys:
+
+    def place_of(key: str) -> tuple[str, str | None]:
         place, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
-        if place not in state and key in state:
-            place, pattern = key, None
-        places[key] = (place, pattern is not None)
-    return places
+        return (key, None) if place not in state and key in state else (place, pattern)
+
+    return place_of, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def by_the_models_names(model: nn.Module, stored: dict) -> tuple[dict, dict[str, dict[str, object]]]:
+    """(tensors by the names of a model of transformers, those that it joins by the name of what they become).
+
+    stored: tensors, quantized or not, by the file's names.
+    """
+    place_of, _ = _transforms(model)
+    named, joined = {}, {}
+    for key, tensor in stored.items():
+        place, pattern = place_of(key)
+        if pattern is None:
+            named[place] = tensor
+        else:
+            joined.setdefault(place, {})[key] = tensor
+    return named, joined
+
+
+def join(model: nn.Module, place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers makes of tensors of a file that it joins, by the model's names: one parameter, or a few."""
+    from transformers.core_model_loading import dot_natural_key
+
+    place_of, converters = _transforms(model)
+    converter = None
+    for key in sorted(tensors, key=dot_natural_key):
+        _, pattern = place_of(key)
+        converter = converter or copy.deepcopy(converters[pattern])
+        converter.add_tensor(place, key, pattern, tensors[key])
+    made = converter.convert(place, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:

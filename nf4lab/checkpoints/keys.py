@@ -182,7 +182,8 @@ def _from_bitsandbytes(packed: Tensor, state: dict, parts: dict[str, Tensor], na
             raise ValueError(f"nested_dtype must be float32; got {state['nested_dtype']!r:.80}")
         _check_levels(parts[".nested_quant_map"], MAPS["dynamic8"].levels, "nested_quant_map")
         scheme = DoubleQuant(group_size=state["nested_blocksize"])
-        offset = torch.tensor(_checked_number(state["nested_offset"]), dtype=torch.float32) if n_blocks else None
+        number = _checked_number(state["nested_offset"])
+        offset = torch.tensor(number, dtype=torch.float32, device="cpu") if n_blocks else None
         scale = _constants(parts[".absmax"], parts[".nested_absmax"], offset, n_blocks, scheme)
     return QuantizedTensor(packed, scale, None, format, shape, dtype, block_size)
 

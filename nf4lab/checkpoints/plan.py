@@ -44,7 +44,12 @@ class How:
 
     def sample(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Shape and itemsize of each part that a quantized tensor of two blocks is stored in, by the end of its key."""
-        q = quantize(torch.ones(2 * self.block_size), self.format, self.block_size, self.double_quant)
+        q = quantize(
+            torch.ones(2 * self.block_size, dtype=torch.float32, device="cpu"),
+            self.format,
+            self.block_size,
+            self.double_quant,
+        )
         return {key: (tuple(part.shape), part.itemsize) for key, part in parts_of("", q).items()}
 
 

@@ -81,7 +81,7 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in memory of its own."""
         entry = self.entries[name]
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        data = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
         self._file.seek(self._data_start + entry.start)
         if self._file.readinto(data.numpy()) != entry.nbytes:
             raise ValueError(f"{self.path.name} ends inside tensor {name!r}: it became shorter after it was opened")

@@ -1,13 +1,16 @@
 """A model filled from a checkpoint by nf4lab or bitsandbytes: where a weight is stored in 4 bits, a 4-bit layer."""
 
 import os
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
-from nf4lab.blockwise import QuantizedTensor
+from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.checkpoints.architecture import by_the_models_names, join
 from nf4lab.checkpoints.files import iterate_quantized
-from nf4lab.choice import is_conv1d, is_plain_linear
+from nf4lab.choice import is_conv1d, is_plain_linear, transformers_models
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
@@ -18,14 +21,19 @@ def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     """Fill `model` from a checkpoint, in place, with a 4-bit layer for each weight that is stored in 4 bits.
 
     model: of the architecture that the checkpoint was made of, in full precision, its weights of no matter: as
-    `AutoModelForCausalLM.from_config(config)` makes it. path: as for `nf4lab.load_quantized`; the names in it are the
-    model's, as `save_pretrained` writes them after `nf4lab.quantize_model_`. Any format of nf4lab's, and fused experts.
-    Weights that the file lacks since they are tied are tied again.
+    `AutoModelForCausalLM.from_config(config)` makes it. path: as for `nf4lab.load_quantized`. Any format of nf4lab's.
+    For a model of transformers names are translated as it does, and experts that the file has one by one are joined:
+    their values are the file's, their constants stored in full. Weights that the file lacks since they are tied are
+    tied again.
 
     Raises ValueError, naming the tensor, where the model has no place for it, another shape, or a parameter that the
     file lacks; the model is then as it was.
     """
     stored = dict(iterate_quantized(path))
+    if next(transformers_models(model), ("no", None))[0] == "":
+        stored, parts = by_the_models_names(model, stored)
+        for place, tensors in parts.items():
+            stored |= _joined(model, place, tensors)
     quantized = {name: q for name, q in stored.items() if isinstance(q, QuantizedTensor)}
     plain = {name: tensor for name, tensor in stored.items() if name not in quantized}
     layers = {name: _layer_for(model, name, q) for name, q in quantized.items()}
@@ -39,6 +47,23 @@ def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     model.load_state_dict(plain, strict=False, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
+
+
+def _joined(model: nn.Module, place: str, parts: dict[str, QuantizedTensor | Tensor]) -> dict:
+    """What transformers makes of tensors that it joins, in 4 bits where they were, with the same values."""
+    whole = [part.dequantize(torch.float32) if isinstance(part, QuantizedTensor) else part for part in parts.values()]
+    made = join(model, place, dict(zip(parts, whole, strict=True)))
+    first = next(iter(parts.values()))
+    if not isinstance(first, QuantizedTensor):
+        return made
+    for name, tensor in made.items():
+        q = quantize(tensor, first.format, first.block_size)
+        if not torch.equal(q.dequantize(), tensor):
+            raise ValueError(
+                f"{name!r} is joined of {len(parts)} tensors, and {first.format.name} does not hold the whole"
+            )
+        made[name] = replace(q, dtype=first.dtype)
+    return made
 
 
 def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
