@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.formats.normalizations import Normalization, Rule, absmax, normalization_of
-from nf4lab.formats.packing import WIDTHS
+from nf4lab.formats.packing import WIDTHS, or_
 
 LEAST = 2.0**-149  # the smallest positive float32
 TIES = ("down", "up", "even")
@@ -86,7 +86,8 @@ class Format:
             raise ValueError(f"levels must be 2 to 256 finite numbers in one dimension; got {levels}")
         enough = [bits for bits in WIDTHS if 2**bits >= len(levels)]
         if self.stored_bits not in (None, *enough):
-            raise ValueError(f"codes of 2, 3, 4 or 8 bits name 4, 8, 16 or 256 levels; got stored_bits "
+            names = or_(2**bits for bits in WIDTHS)
+            raise ValueError(f"codes of {or_(WIDTHS)} bits name {names} levels; got stored_bits "
                              f"{self.stored_bits!r} for {len(levels)} levels")  # fmt: skip
         if not self.constants_dtype.is_floating_point:
             raise ValueError(f"constants are stored in a floating-point dtype; got {self.constants_dtype}")

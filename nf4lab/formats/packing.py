@@ -6,12 +6,14 @@
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)  # bits
+WORD = (torch.int32, torch.int64)  # what holds a group of codes that fills up to 3 bytes, or more
 
 
 def packed_bytes(n: int, bits: int = 4) -> int:
@@ -40,7 +42,7 @@ def pack_checked(codes: Tensor, pad: int, bits: int) -> Tensor:
     count, nbytes = _group(bits)
     groups = F.pad(codes, (0, -len(codes) % count), value=pad).reshape(-1, count)
     if nbytes > 1:
-        groups = groups.int()
+        groups = groups.to(WORD[nbytes > 3])
     word = groups[:, 0] << bits * (count - 1)
     for i in range(1, count):
         word = word | groups[:, i] << bits * (count - 1 - i)
@@ -62,7 +64,7 @@ def unpack(packed: Tensor, n: int, bits: int = 4) -> Tensor:
     count, nbytes = _group(bits)
     word = packed.reshape(-1)
     if nbytes > 1:
-        groups = F.pad(word, (0, -len(word) % nbytes)).reshape(-1, nbytes).int()
+        groups = F.pad(word, (0, -len(word) % nbytes)).reshape(-1, nbytes).to(WORD[nbytes > 3])
         word = groups[:, 0] << 8 * (nbytes - 1)
         for i in range(1, nbytes):
             word = word | groups[:, i] << 8 * (nbytes - 1 - i)
@@ -86,6 +88,12 @@ def _group(bits: int) -> tuple[int, int]:
     return 8 // shared, bits // shared
 
 
+def or_(numbers: Iterable[int]) -> str:
+    """Numbers as a sentence has them: 2, 3, 4 or 8."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}"
+
+
 def _check_width(bits: int) -> None:
     if bits not in WIDTHS:
-        raise ValueError(f"codes have 2, 3, 4 or 8 bits; got {bits!r}")
+        raise ValueError(f"codes have {or_(WIDTHS)} bits; got {bits!r}")
