@@ -24,9 +24,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A tensor in 2, 3, 4 or 8 bits an element, with what it takes to get it back.
+    """A tensor in 2, 3, 4 or 8 bits per element, with what it takes to get it back.
 
-    packed: uint8 (n_bytes,), codes as `nf4lab.formats.packing` has them; 4-bit ones two a byte, the even element high.
+    packed: uint8 (n_bytes,), codes as `nf4lab.formats.packing` has them: of 4-bit ones two, the even one high.
     stored_scale: float32 (n_blocks,), or QuantizedConstants after double quantization.
     stored_location: the same for formats that shift their blocks, else None.
     tensor_scale: float32 (), which every scale is a multiple of, for formats that have one, else None.
@@ -59,7 +59,7 @@ class QuantizedTensor:
                     f"got {constants.numel()} values of {name}"
                 )
         if (self.tensor_scale is not None) != self.format.tensor_scale:
-            has, got = ("one scale a tensor", "none") if self.format.tensor_scale else ("no scale a tensor", "one")
+            has, got = ("one scale per tensor", "none") if self.format.tensor_scale else ("no scale per tensor", "one")
             raise ValueError(f"format {self.format.name!r} has {has}; got {got}")
 
     @property
@@ -74,17 +74,17 @@ class QuantizedTensor:
 
     @property
     def codes(self) -> Tensor:
-        """The codes, one a byte: uint8 (n,)."""
+        """The codes, one per byte: uint8 (n,)."""
         return unpack(self.packed, self.numel, self.format.code_bits)
 
     @property
     def scale(self) -> Tensor:
-        """One scale a block, decoded: float32 (n_blocks,)."""
+        """One scale per block, decoded: float32 (n_blocks,)."""
         return decoded(self.stored_scale, self.tensor_scale)
 
     @property
     def location(self) -> Tensor | None:
-        """One location a block, decoded: float32 (n_blocks,); None for formats that do not shift."""
+        """One location per block, decoded: float32 (n_blocks,); None for formats that do not shift."""
         return decoded(self.stored_location)
 
     @property

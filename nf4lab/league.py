@@ -1,6 +1,6 @@
 """The league: every 4-bit format at equal bits, on the same tensors.
 
-What a format may spend is counted in bits a weight, constants included. A format enters a budget once for each way to
+What a format may spend is counted in bits per weight, constants included. A format enters a budget once for each way to
 store its constants, which sets the block size: one float32 for 64 weights costs what one byte for 16 does. Formats
 made for a block size (AF4, BOF4, BOF4-S) are derived for the one that they play at.
 """
@@ -19,7 +19,7 @@ from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.table import FOR_BLOCK_SIZE
 from nf4lab.metrics import mae, mse
 
-BUDGETS = (4.0, 4.127, 4.25, 4.5, 5.0)  # bits a weight; 4.0 stands for the largest blocks, 4.002 to 4.016 bits
+BUDGETS = (4.0, 4.127, 4.25, 4.5, 5.0)  # bits per weight; 4.0 stands for the largest blocks, 4.002 to 4.016 bits
 FLOAT32, FLOAT16, SHORT, SEARCHED, POWER = "float32", "float16", "short", "short, searched", "power of two"
 # budget -> (dtype of a constant, weights that it serves, whether constants are quantized again)
 STORAGE = {
@@ -28,7 +28,7 @@ STORAGE = {
         4.5: (torch.float32, 64, False), 5.0: (torch.float32, 32, False),
     },
     FLOAT16: dict(zip(BUDGETS, ((torch.float16, size, False) for size in (4096, 128, 64, 32, 16)), strict=True)),
-    # One byte and one float32 a tensor, as in NVFP4. At 5 bits there is no block small enough, and 16 bits take over.
+    # One byte and one float32 per tensor, as in NVFP4. At 5 bits there is no block small enough, and 16 bits take over.
     SHORT: dict(zip(BUDGETS, ((torch.float8_e4m3fn, size, False) for size in (4096, 64, 32, 16)), strict=False))
     | {5.0: (torch.bfloat16, 16, False)},
     POWER: dict(zip(BUDGETS, ((torch.float8_e8m0fnu, size, False) for size in (4096, 64, 32, 16)), strict=False)),
@@ -42,7 +42,7 @@ LEAST_WEIGHTS = 4096  # a tensor with fewer does not fill one of the largest blo
 class Entry:
     """A format as it plays at one budget.
 
-    name: its codebook's, from nf4lab.FORMATS. storage: one of STORAGE's. budget: bits a weight, from BUDGETS.
+    name: its codebook's, from nf4lab.FORMATS. storage: one of STORAGE's. budget: bits per weight, from BUDGETS.
     format, block_size, double_quant: what `nf4lab.quantize` is given.
     """
 
@@ -102,7 +102,7 @@ def __getattr__(name: str) -> tuple[str, ...]:
 def entry(name: str, storage: str, budget: float) -> Entry:
     """The entry of a format at a budget, its constants stored in one of STORAGE's ways.
 
-    Two constants a block cost the same bits in blocks twice as long. Raises ValueError for a name, a storage or a
+    Two constants per block cost the same bits in blocks twice as long. Raises ValueError for a name, a storage or a
     budget that does not exist, and where they do not go together: MXFP4 and NVFP4 have constants of their own.
 
     >>> entry("nf4", "short", 4.5).block_size

@@ -127,5 +127,5 @@ def standings(ax: Axes, table: dict[str, dict[float, float]]) -> None:
     ax.set(yticks=range(len(table)), yticklabels=list(table), xlabel="signal-to-quantization-noise ratio (dB)",
            ylim=(-0.6, len(table) - 0.4))  # fmt: skip
     ax.tick_params(axis="y", length=0, labelsize=9)
-    ax.legend(title="bits a weight", ncols=len(budgets), loc="lower center", bbox_to_anchor=(0.5, 1),
+    ax.legend(title="bits per weight", ncols=len(budgets), loc="lower center", bbox_to_anchor=(0.5, 1),
               handlelength=1, handletextpad=0.3, columnspacing=0.9)  # fmt: skip

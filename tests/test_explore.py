@@ -304,7 +304,7 @@ def test_bits_and_gigabytes_of_every_setting_are_those_of_a_quantized_tensor(ope
             move(page, "block size", i)
             format = nf4lab.Format("nf4", codebooks.nf4(), constants_dtype=dtype)
             q = nf4lab.quantize(w, format, block_size, double_quant=double_quant)
-            offset = 32 / n if double_quant else 0  # one float32 a tensor, which the figure leaves out
+            offset = 32 / n if double_quant else 0  # one float32 per tensor, which the figure leaves out
             bits = q.bits_per_weight - offset
             assert value(page, "bits") == bits
             assert math.isclose(value(page, "small"), 7e9 * bits / 8 / 1e9, rel_tol=1e-15)
@@ -437,7 +437,7 @@ def test_the_ranking_at_equal_block_size_has_the_errors_of_the_package(opened, e
 
 def test_at_equal_bits_each_format_takes_the_smallest_block_that_fits(opened, explorables):
     page = opened(explorables["who_wins"].page)
-    page.get_by_role("radio", name="bits a weight").check()
+    page.get_by_role("radio", name="bits per weight").check()
     for position, budget in enumerate(4 + 32 / size for size in nf4lab.BLOCK_SIZES):
         move(page, "equal at", position)
         for name, size, bits, _ in table(page):

@@ -206,7 +206,7 @@ def test_nvfp4_equals_an_independent_implementation_bit_for_bit(dtype, backend):
     assert q.tensor_scale.item() == of_tensor
     decoded = patterns.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale[:, None]
     assert same_bits(q.dequantize(torch.float32), torch.from_numpy(decoded))
-    assert q.nbytes == x.numel() // 2 + 3000 + 4  # codes, one byte a block, one float32
+    assert q.nbytes == x.numel() // 2 + 3000 + 4  # codes, one byte per block, one float32
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -97,6 +98,13 @@ def test_the_rooms_at_the_bottom_use_only_what_is_below_them():
     assert uses["formats"] == {"codebooks"}
     assert uses["backends"] == {"formats"}  # kernels are loaded when they are used
     assert uses["blockwise"] == {"backends", "formats"}
+
+
+def test_each_room_uses_only_those_above_it_in_the_readmes_list():
+    listing = re.search(r"```\nnf4lab/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    order = re.findall(r"^  ([a-z_]+)", listing, re.MULTILINE)
+    for room, used in arrows().items():
+        assert room == "__main__" or used <= set(order[: order.index(room)]), room
 
 
 def test_quantizing_goes_from_file_to_file_no_more_than_it_must():

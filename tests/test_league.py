@@ -25,7 +25,7 @@ def test_every_entry_spends_its_budget(budget):
         if budget == 4.0:
             assert 4 < bits <= 4 + 2 * 32 / 4096  # two float32 in the largest blocks
         else:
-            # one float32 a tensor, and of double quantization the offset and a float32 for 256 constants
+            # one float32 per tensor, and of double quantization the offset and a float32 for 256 constants
             assert bits == pytest.approx(budget, abs=0.0025)
 
 

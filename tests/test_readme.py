@@ -23,3 +23,10 @@ def test_every_place_that_the_readme_names_is_there():
     assert len(names) >= 9
     assert all((ROOT / name).exists() for name in names)
     assert all((ROOT / target).exists() for target in re.findall(r"\]\((?!http)([^)]+)\)", README))
+
+
+def test_the_rooms_that_the_readme_lists_are_those_of_the_package():
+    listing = re.search(r"```\nnf4lab/\n(.*?)```", README, re.DOTALL)[1]
+    listed = set(re.findall(r"^  ([a-z_]+(?:/|\.py))", listing, re.MULTILINE))
+    rooms = {path.name + "/" * path.is_dir() for path in (ROOT / "nf4lab").iterdir()}
+    assert listed == {name for name in rooms if not name.startswith("__")}

@@ -2,14 +2,14 @@
 
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """The dict of a JSON object's pairs. Raises ValueError where a name stands twice: readers disagree on those."""
+    """The dict of a JSON object's pairs. Raises ValueError where a name occurs twice: readers disagree on those."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [key for key, _ in pairs]
-        raise ValueError(f"the name {next(key for key in names if names.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the name {next(key for key in names if names.count(key) > 1)!r} occurs twice")
     return result
 
 
 def is_shape(value: object) -> bool:
-    """Whether a JSON value is a list of integers of at least 0, none of them a bool."""
+    """Whether a JSON value is a list of integers from 0 up; a bool is none."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)

@@ -1,1 +1,1 @@
-"""The command line, one module a command: each has `add_to`, which declares its arguments, and `run`."""
+"""The command line, one module per command: each has `add_to`, which declares its arguments, and `run`."""

@@ -29,8 +29,8 @@ def add_to(subparsers) -> None:
         epilog="A PATTERN is a shell's, of names; * matches dots too. --bits and --include can be given again.",
     )
     parser.add_argument("source", metavar="FILE", help="a safetensors file; or an index of shards or its folder")
-    parser.add_argument("--bits", action="append", type=float, choices=league.BUDGETS, help="bits a weight to compare "
-                        "at, constants counted; by default all of these")  # fmt: skip
+    parser.add_argument("--bits", action="append", type=float, choices=league.BUDGETS, help="bits per weight to "
+                        "compare at, constants counted; by default all of these")  # fmt: skip
     parser.add_argument("--include", action="append", metavar="PATTERN", help="names to compare; by default all")
     parser.add_argument("--most", type=int, metavar="N", help="of a matrix with more weights than N, take evenly "
                         "spaced rows with about N; by default all")  # fmt: skip

@@ -2,7 +2,7 @@
 
 levels    levels on a density: the tail, the family and the number of levels move; code usage and error follow
 block     one block of 16 weights: drag them; absmax, codes, packed bytes and error follow
-bits      block size and how constants are stored; bits a weight and the size of a model follow
+bits      block size and how constants are stored; bits per weight and the size of a model follow
 who_wins  error against block size or bits for every format, on normal weights and on a trained model's
 warp      32 threads of the dequantization kernel, one instruction at a time; sectors, banks and bytes follow
 """
@@ -95,7 +95,7 @@ CONSTANTS = [
 
 
 def bits() -> Explorable:
-    """Block size and constants to choose: bits a weight, the size of a model, and the error they buy follow."""
+    """Block size and constants to choose: bits per weight, the size of a model, and the error they buy follow."""
     w = torch.randn(2**18, generator=seeded(5))
     schemes = []
     for name, label, long, dtype, twice in CONSTANTS:
@@ -111,7 +111,7 @@ def bits() -> Explorable:
         )  # fmt: skip
     data = {"sizes": BLOCK_SIZES, "schemes": schemes, "code_bits": FORMATS["nf4"].code_bits, "budget": 4.13}
     return Explorable(
-        "bits", data, "What a block's constants cost in bits a weight and in gigabytes of a model, and what they buy."
+        "bits", data, "What a block's constants cost in bits per weight and in gigabytes of a model, and what they buy."
     )
 
 
@@ -152,7 +152,7 @@ def who_wins(matrices: dict[str, Tensor] | None = None) -> Explorable:
 
 
 def errors(w: Tensor) -> dict[str, dict[str, list[float]]]:
-    """Bits a weight and relative mean squared error of each 4-bit format at each block size, by name."""
+    """Bits per weight and relative mean squared error of each 4-bit format at each block size, by name."""
     x, found = w.reshape(-1)[: 2**18], {}
     for name in (name for name, format in FORMATS.items() if format.code_bits == 4):
         tensors = [quantize(x, name, size) for size in BLOCK_SIZES]

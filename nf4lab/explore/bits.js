@@ -1,4 +1,4 @@
-// Bits a weight: what a block's constants cost, and what the bits buy.
+// Bits per weight: what a block's constants cost, and what the bits buy.
 const { sizes: SIZES, schemes: SCHEMES, code_bits: CODE_BITS, budget: BUDGET } = DATA;
 const MODELS = [7, 70];
 
@@ -30,7 +30,7 @@ function parts(say) {
       return update();
     },
   });
-  const out = readouts({ bits: "bits a weight", small: "7 B model", large: "70 B model", error: "error on normal weights" });
+  const out = readouts({ bits: "bits per weight", small: "7 B model", large: "70 B model", error: "error on normal weights" });
   const bar = el("div", { class: "bar", "aria-hidden": "true" });
   const legend = el("p", { class: "legend" });
   const plot = chart("", (w) => (w < 480 ? 242 : 272), draw);
@@ -64,7 +64,7 @@ function parts(say) {
     made.push(svg("path", { d: `M${points.join("L")}`, class: "trail" }));
     scheme.mse.forEach((e, i) => made.push(mark("o", x(total(scheme, SIZES[i])), y(e), 4, { class: "mine" })));
     made.push(mark("D", x(total(scheme, SIZES[at])), y(scheme.mse[at]), 7, { class: "here" }));
-    made.push(svg("text", { x: (box.left + box.right) / 2, y: h - 4, "text-anchor": "middle" }, "bits a weight, stretched near 4"));
+    made.push(svg("text", { x: (box.left + box.right) / 2, y: h - 4, "text-anchor": "middle" }, "bits per weight, stretched near 4"));
     return made;
   }
 
@@ -84,10 +84,10 @@ function parts(say) {
     const best = SCHEMES.flatMap((s) => s.mse.filter((_, i) => total(s, SIZES[i]) <= BUDGET));
     const least = fits && scheme.mse[at] === Math.min(...best);
     out.set("error", short(scheme.mse[at]), least ? "★ the least within the budget" : "mean squared, variance\u00a01", scheme.mse[at]);
-    plot.describe(`Mean squared error against bits a weight, ${SCHEMES.length} ways to store constants at ${SIZES.length} ` +
+    plot.describe(`Mean squared error against bits per weight, ${SCHEMES.length} ways to store constants at ${SIZES.length} ` +
       `block sizes. Chosen: ${scheme.long}, blocks of ${n}: ${fixed(bits, 4)} bits, error ${short(scheme.mse[at])}.`);
     plot.redraw();
-    if (speak) say(`${fixed(bits, 4)} bits a weight, ${fits ? "within" : "above"} ${BUDGET}. A 70 billion model takes ` +
+    if (speak) say(`${fixed(bits, 4)} bits per weight, ${fits ? "within" : "above"} ${BUDGET}. A 70 billion model takes ` +
       `${fixed(gigabytes(70, bits), 2)} gigabytes. Error ${short(scheme.mse[at])}${least ? ", the least within the budget" : ""}.`);
   }
 
@@ -101,7 +101,7 @@ function parts(say) {
 
 mount("bits", CSS, {
   title: "Where the half bit goes",
-  question: `You may spend ${BUDGET} bits a weight. Which block size, with which constants, has the least error?`,
+  question: `You may spend ${BUDGET} bits per weight. Which block size, with which constants, has the least error?`,
   look: "several settings cost nearly the same bits, and their errors differ. Many blocks with cheap constants beat few blocks with exact ones.",
   parts,
 });

@@ -160,7 +160,7 @@ function parts(say) {
       last.absmax);
     out.set("zeros", `${zeros} of 16`, "code 7", zeros);
     out.set("mse", short(last.mse), `${short(Math.sqrt(last.mse))} is its root`, last.mse);
-    out.set("bits", `${hex.length} + ${ABSMAX_BYTES}`, `${(8 * total) / 16} bits a weight`, total);
+    out.set("bits", `${hex.length} + ${ABSMAX_BYTES}`, `${(8 * total) / 16} bits per weight`, total);
     const w = weights[chosen];
     const s = last.absmax ? f(w * f(1 / last.absmax)) : 0;
     detail.textContent = `Weight ${chosen}: ${shown(w)} / ${shown(last.absmax)} = ${fixed(s, 4)}, nearest level ` +

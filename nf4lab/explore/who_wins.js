@@ -2,9 +2,9 @@
 const { sizes: SIZES, sources: SOURCES, looks: LOOKS, shown: SHOWN } = DATA;
 const FORMATS = Object.keys(LOOKS);
 const STEPS = SIZES.map((size) => Math.log2(size / SIZES[0]));
-const SLACK = 0.001;  // bits: one scale a tensor is not a block's
+const SLACK = 0.001;  // bits: one scale per tensor is not a block's
 
-// One float32 a block takes 32 / block size bits, so halving those is one step, as doubling the block is.
+// One float32 per block takes 32 / block size bits, so halving those is one step, as doubling the block is.
 const stepOfBits = (bits) => Math.log2(32 / SIZES[0] / (bits - 4));
 const ENDS = SOURCES.flatMap((source) => Object.values(source.formats)).reduce(([low, high], { bits }) =>
   [Math.min(low, stepOfBits(bits[0])), Math.max(high, stepOfBits(bits[bits.length - 1]))], [0, STEPS[STEPS.length - 1]]);
@@ -20,7 +20,7 @@ function standing(source, format, race, at) {
 function parts(say) {
   let race = "block", source = 0, at = SIZES.indexOf(64), slide = 0, frame = 0;
   const on = new Set(SHOWN);
-  const races = choice({ label: "what is held equal", options: [["block", "block size"], ["bits", "bits a weight"]], value: race,
+  const races = choice({ label: "what is held equal", options: [["block", "block size"], ["bits", "bits per weight"]], value: race,
     change: (key) => { race = key; update(); move(); } });
   const weights = el("select", { "aria-label": "weights", change: () => { source = weights.selectedIndex; update(); } },
     ...SOURCES.map(({ name }) => el("option", {}, name)));
@@ -82,7 +82,7 @@ function parts(say) {
         race === "block" ? String(SIZES[0] * 2 ** step) : String(+bitsOfStep(step).toFixed(roomy ? 3 : 2))));
     }
     made.push(svg("text", { x: (box.left + box.right) / 2, y: h - 4, "text-anchor": "middle" },
-      race === "block" ? "block size (weights)" : "bits a weight, fewer to the right"));
+      race === "block" ? "block size (weights)" : "bits per weight, fewer to the right"));
     made.push(svg("line", { x1: x(STEPS[at]), x2: x(STEPS[at]), y1: box.top, y2: box.bottom, class: "cursor" }));
     const labels = [];
     for (const format of shown) {
@@ -123,7 +123,7 @@ function parts(say) {
     ...(row.mse ? [row.size.toLocaleString("en"), number(row.bits), short(row.mse), i ? fixed(row.mse / least, 2) : "least"] : ["none fits", "", "", ""])
       .map((text) => el("td", {}, text)))));
     caption.textContent = `${name}, ${race_is}: mean squared error over the variance`;
-    plot.describe(`Error against ${race === "block" ? "block size" : "bits a weight"} on ${name}, one line for each of ${rows.length} formats. ` +
+    plot.describe(`Error against ${race === "block" ? "block size" : "bits per weight"} on ${name}, one line for each of ${rows.length} formats. ` +
       `At ${race_is} the order from the least error is ${rows.map((row) => row.format).join(", ")}.`);
     plot.redraw();
     if (speak && least) say(`${name}, ${race_is}: ${rows[0].format} has the least error, ${short(least)}` +

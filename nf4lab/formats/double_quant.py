@@ -1,6 +1,6 @@
 """Double quantization: the constants of a quantized tensor quantized too.
 
-One float32 a block of 64 costs half a bit a weight. Here the constants lose their mean, are taken in groups of 256,
+One float32 per block of 64 costs half a bit per weight. Here the constants lose their mean, are taken in groups of 256,
 and each group is coded by the same machinery as weights: absmax, then the nearest level of a map.
 """
 
@@ -45,7 +45,7 @@ class DoubleQuant:
             raise ValueError(f"group_size must be a positive integer; got {self.group_size!r}")
 
     def quantize(self, constants: Tensor) -> "QuantizedConstants":
-        """Constants, float32 (n,), to codes and one float32 a group, with a float32 offset if centred."""
+        """Constants, float32 (n,), to codes and one float32 per group, with a float32 offset if centred."""
         n = constants.numel()
         offset = constants.mean() if self.centred and n else None
         centred = constants if offset is None else constants - offset

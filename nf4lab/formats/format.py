@@ -1,6 +1,6 @@
 """A format: how a block is normalised, which levels it is rounded to, how its constants are stored.
 
-Every format here decodes by one formula, x_hat = location + scale * levels[code], with one scale a block and, where
+Every format here decodes by one formula, x_hat = location + scale * levels[code], with one scale per block and, where
 the normalisation has one, a location. NF4 is a row of `nf4lab.FORMATS`.
 """
 
@@ -56,7 +56,7 @@ class Format:
     positive number and less become zero, or that number in E8M0, which has no zero.
     extreme: the level that the normalisation brings a block's extreme to; the scale is divided by it. 1 for most;
     6 for E2M1 in its own units, -8 for Q4_0.
-    tensor_scale: whether scales are stored as multiples of one float32 a tensor, made so that the greatest that can
+    tensor_scale: whether scales are stored as multiples of one float32 per tensor, made so that the greatest that can
     occur is the greatest of constants_dtype: absmax of the tensor / (|extreme| * that greatest).
     block_size: what `nf4lab.quantize` takes unless told otherwise.
     ties: where a value half-way between two levels goes: "down", "up", or to the "even" one of two codes.

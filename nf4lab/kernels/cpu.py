@@ -403,7 +403,7 @@ def search(x, trials, location, boundaries, levels, block_size, best, threads=1)
 
 @jit
 def dequantize_v1(packed, levels, scale, block_size, out):
-    """levels[code] * scale of its block into float32 out (n,). packed: uint8 ((n + 1) // 2,), two codes a byte."""
+    """levels[code] * scale of its block into float32 out (n,). packed: uint8 ((n + 1) // 2,), two codes to a byte."""
     for j in range(packed.size):
         absmax = scale[2 * j // block_size]
         out[2 * j] = levels[packed[j] >> 4] * absmax

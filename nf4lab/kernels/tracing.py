@@ -40,7 +40,7 @@ class KernelMistake(AssertionError):
 
 @dataclass(frozen=True)
 class Access:
-    """One read or write of one element: by whom, at which instruction, and the how-manieth of that thread there."""
+    """One read or write of one element: by whom, at which instruction, and which of that thread's there."""
 
     array: str
     verb: str

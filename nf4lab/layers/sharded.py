@@ -11,7 +11,7 @@ def shardable_(model: nn.Module) -> int:
     """Make the packed bytes of every 4-bit layer of `model` a frozen parameter of uint8; returns how many layers.
 
     `fully_shard` cuts parameters and leaves buffers whole on each process: after this it cuts the packed bytes. The
-    constants, half a bit a weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
+    constants, half a bit per weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
     same keys as before.
 
     Raises ValueError where there is no 4-bit layer.
