@@ -21,11 +21,10 @@ from browser import chromium, serving
 from bs4 import BeautifulSoup
 from pypdf import PdfReader
 
-import nf4lab
-
 ROOT = Path(__file__).resolve().parents[1]
 SITE, PRINT_STYLE = ROOT / "_build" / "html", ROOT / "book" / "print.css"
 PDF = SITE / "nf4lab.pdf"
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "nf4lab" / "__init__.py").read_text(), re.MULTILINE)[1]
 MATHJAX = {
     "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
     "options": {"processHtmlClass": "math"},
@@ -100,7 +99,7 @@ def document(numbers: dict[str, int]) -> str:
         f"<link rel=stylesheet href=_static/pygments.css><style>{PRINT_STYLE.read_text()}</style>"
         f"<script>window.MathJax = {MATHJAX}</script><script defer src=_static/mathjax/startup.js></script></head>"
         f"<body><header><h1>4-bit NormalFloat</h1><p>The nf4lab authors</p>"
-        f"<p>Version {nf4lab.__version__}, {today()}</p>"
+        f"<p>Version {VERSION}, {today()}</p>"
         f"<p class=licence>Text under CC BY 4.0, code under Apache 2.0</p></header>"
         f"<nav><h1>Contents</h1>{''.join(lines)}</nav><main>{body}</main></body></html>"
     )

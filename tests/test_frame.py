@@ -129,6 +129,14 @@ def test_the_status_names_what_is_installed_here():
     assert f"Python {sys.version.split()[0]}" in status.machine(ROOT)["system"]
 
 
+@pytest.mark.parametrize(("says", "name"), [("echo NVIDIA T4; echo NVIDIA L4", "NVIDIA T4"), ("exit 9", "")])
+def test_the_status_names_the_first_gpu_that_the_driver_knows(tmp_path, monkeypatch, says, name):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert status.gpu() == name
+
+
 @built
 def test_the_status_page_has_the_time_of_every_page_that_ran():
     page = (SITE / "book" / "status.html").read_text()
