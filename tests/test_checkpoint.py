@@ -60,6 +60,26 @@ def test_a_format_of_ones_own_comes_back_with_its_levels_and_its_group_size(tmp_
     assert back.format.constants_dtype == torch.bfloat16 and back.format.normalize is own.normalize
 
 
+@pytest.mark.parametrize(
+    ("n_levels", "stored_bits"), [(3, None), (3, 3), (7, None), (7, 4), (7, 8), (17, None), (256, None)]
+)
+def test_codes_of_every_width_come_back(tmp_path, n_levels, stored_bits):
+    own = nf4lab.Format("mine", torch.linspace(-1, 1, n_levels), stored_bits=stored_bits)
+    original = nf4lab.quantize(weight(13, 17), own, 32, double_quant=True)
+    nf4lab.save_quantized(tmp_path / "a.safetensors", {"w": original})
+    back = nf4lab.load_quantized(tmp_path / "a.safetensors")["w"]
+    assert_equal(back, original)
+    assert back.format == own
+
+
+def test_a_file_from_before_there_were_widths_has_codes_of_four_bits(tmp_path):
+    own = nf4lab.Format("mine", torch.linspace(-1, 1, 7), stored_bits=4)
+    parts = parts_of("w", nf4lab.quantize(weight(8, 8), own))
+    state = json.loads(bytes(parts["w.quant_state.nf4lab"].tolist()))
+    assert "stored_bits" not in state["fields"]  # as files had it then
+    assert from_parts("w", parts).format == own
+
+
 @pytest.mark.parametrize("format", ["nf4", "mxfp4", "nvfp4", "bof4-s", "q4_0"])
 def test_a_searched_scale_and_every_other_field_of_a_format_come_back(tmp_path, format):
     own = nf4lab.FORMATS[format].searched((1.0, 0.75, 1.25))

@@ -97,3 +97,10 @@ def test_an_unknown_map_or_group_size_or_type_is_refused():
         nf4lab.DoubleQuant(group_size=0)
     with pytest.raises(TypeError, match=r"double_quant must be a bool, a map's name or .*; got int"):
         nf4lab.quantize(torch.zeros(4), double_quant=8)
+
+
+@pytest.mark.parametrize("map", MAPS)
+def test_quantizing_constants_looks_at_none_of_them_so_that_a_gpu_need_not_be_waited_for(map):
+    constants = torch.empty(1000, device="meta")  # whoever asks for a value there gets an error
+    quantized = nf4lab.DoubleQuant(map).quantize(constants)
+    assert quantized.codes.is_meta and quantized.dequantize().shape == (1000,)

@@ -323,7 +323,7 @@ def _normalized(centred: Tensor, scale: Tensor) -> Tensor:
     reciprocal = (1 / scale)[:, None]
     normalized = centred * reciprocal
     tiny = reciprocal.isinf()
-    if centred.is_cuda or tiny.any():  # to look would wait for the GPU
+    if centred.device.type != "cpu" or tiny.any():  # to look would wait for the GPU
         normalized = torch.where(tiny, (centred / scale[:, None]).nan_to_num(nan=0.0), normalized)
     return normalized
 
