@@ -155,8 +155,8 @@ def test_a_layer_of_zeros_has_no_error():
 def test_long_work_shows_a_bar_and_short_work_does_not(monkeypatch, capsys):
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16)))
     assert capsys.readouterr().err == ""
-    tqdm = swap.tqdm
-    monkeypatch.setattr(swap, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"delay": 0}))
+    bar = swap.progress_bar
+    monkeypatch.setattr(swap, "progress_bar", lambda *args, delay: bar(*args))
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     assert "2/2" in capsys.readouterr().err
     nf4lab.quantize_model_(nn.Sequential(nn.Linear(16, 16)), progress=False)

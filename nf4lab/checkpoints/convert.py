@@ -1,8 +1,7 @@
 """Quantize a whole checkpoint, one tensor at a time: a model larger than the memory passes through."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nf4lab.checkpoints.tensorfile import Entry, TensorFile, writing
 from nf4lab.choice import EXCLUDED, NOT_INCLUDED, Candidate, choose, warn_of_the_rest
 from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.double_quant import DoubleQuant
+from nf4lab.progress import progress_bar
 
 CONNECT = 10  # seconds to wait for a Dask scheduler
 
@@ -71,7 +71,7 @@ def quantize_checkpoint(
     how, limit = How.of(format, block_size, double_quant, device), bytes_of(max_shard_size)
     check_target(target)
     is_folder = source.is_dir() or source.suffix == ".json"
-    with opened(source) as files, _progress_bar(files, progress) as bar:
+    with opened(source) as files, progress_bar("quantize", _bytes_of(files), "B", progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         folder = checkpoint_path(source).parent if is_folder else source
         config = read_config(folder) if is_folder else None
@@ -196,11 +196,5 @@ def _what_stays(entries: dict[str, Entry], chosen: list[Candidate], others: list
     return {"kept": kept, "kept_share": share}
 
 
-@contextmanager
-def _progress_bar(files: Iterable[TensorFile], show: bool) -> Iterator:
-    """A bar over the bytes to be read."""
-    from tqdm.auto import tqdm
-
-    total = sum(entry.nbytes for file in files for entry in file.entries.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="quantize") as bar:
-        yield bar
+def _bytes_of(files: Iterable[TensorFile]) -> int:
+    return sum(entry.nbytes for file in files for entry in file.entries.values())

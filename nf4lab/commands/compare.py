@@ -14,6 +14,7 @@ from nf4lab import league
 from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.files import opened
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile
+from nf4lab.progress import progress_bar
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
            "bits_per_weight", "mse", "mae", "relative_mse", "sqnr_db")  # fmt: skip
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     lineup = league.entries(dict.fromkeys(options.bits or league.BUDGETS))
     with opened(options.source) as files:
         chosen, zeros = _chosen(options.source, files, options.include or ["*"]), []
-        with _progress_bar(chosen, options, len(lineup)) as bar:
+        work = _work(chosen, options.most, len(lineup))
+        with progress_bar("compare", work, "w", not options.quiet) as bar:
             scores = league.play(_matrices(chosen, options.most, zeros, bar), lineup, bar.update)
     if not scores:
         raise ValueError(f"{options.source}: every matrix that was compared is all zeros")
@@ -106,11 +108,9 @@ def _thinned(matrix: Tensor, most: int | None) -> Tensor:
     return rows[:: min(step, max(1, matrix.numel() // league.LEAST_WEIGHTS))]
 
 
-def _progress_bar(chosen: dict[str, TensorFile], options: argparse.Namespace, n_entries: int):
-    from tqdm import tqdm
-
-    weights = sum(_thinned_numel(file.entries[name].shape, options.most) for name, file in chosen.items())
-    return tqdm(total=weights * n_entries, unit="w", unit_scale=True, desc="compare", disable=options.quiet)
+def _work(chosen: dict[str, TensorFile], most: int | None, n_entries: int) -> int:
+    """Weights to quantize, once for every entry."""
+    return n_entries * sum(_thinned_numel(file.entries[name].shape, most) for name, file in chosen.items())
 
 
 def _thinned_numel(shape: tuple[int, ...], most: int | None) -> int:

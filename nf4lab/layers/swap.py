@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.checkpoints.architecture import skip_modules
@@ -28,6 +27,7 @@ from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
 from nf4lab.metrics import mse
+from nf4lab.progress import progress_bar
 
 __all__ = ["QuantizedLayer", "QuantizedLayers", "choose_layers", "is_plain_linear", "quantize_model_", "replace_layer"]
 CHUNK = 2**18  # weights whose error is summed at once
@@ -113,8 +113,10 @@ def quantize_model_(
     for candidate in chosen:
         _check_replaceable(candidate)
     made = []
-    for candidate in tqdm(chosen, desc="quantize", unit="layer", delay=2, disable=not progress):
-        made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype, hessians))
+    with progress_bar("quantize", len(chosen), "layer", progress, delay=2) as bar:
+        for candidate in chosen:
+            made.append(_quantized(candidate, format, block_size, double_quant, compute_dtype, hessians))
+            bar.update()
     for candidate, (layer, _) in zip(chosen, made, strict=True):
         _put(model, candidate, layer)
     for _, part in transformers_models(model):
