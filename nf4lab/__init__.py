@@ -1,9 +1,10 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
+import re
 import sys
 
 __version__ = "0.1.0"
-if sys.argv[1:] == ["--version"] and sys.argv[0].endswith(("-m", "nf4lab", "nf4lab.exe")):
+if re.fullmatch(r"(.*[/\\])?nf4lab(\.exe)?\0--version", "\0".join(sys.orig_argv[-2:])):
     print(f"nf4lab {__version__}")  # here, since all that follows imports torch, which takes seconds
     sys.exit()
 

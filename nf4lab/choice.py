@@ -98,7 +98,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int]]:
             kind = "conv1d"
         elif name == "weight" and isinstance(module, nn.Embedding):
             kind = "embedding"
-        elif fused and parameter.dim() == 3:
+        elif fused and parameter.dim() == 3 and min(parameter.shape) > 1:
             kind = "experts"
         yield kind, name, parameter.numel()
 
@@ -299,13 +299,12 @@ def _is_named(candidate: Candidate, include: Choice) -> bool:
     """Whether a pattern says that it means this candidate: "*lm_head*" or "model.head", not "model.*"."""
     if callable(include):
         return False
+    patterns = [p for p in as_patterns(include) if any(fnmatchcase(name, p) for name in candidate.names)]
+    if any("experts" in name for name in candidate.names) and any("experts" in pattern for pattern in patterns):
+        return True  # "*experts*" means all of their parts
     ends = [name.removesuffix(".weight").rpartition(".")[2] for name in candidate.names]
-    lasts = [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in as_patterns(include)]
-    inside_experts = any("experts" in name for name in candidate.names)  # "*experts*" means all of their parts
-    return any(
-        last.strip("*?") and (fnmatchcase(end, last) or (inside_experts and "experts" in last))
-        for last in lasts for end in ends
-    )  # fmt: skip
+    lasts = [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns]
+    return any(last.strip("*?") and fnmatchcase(end, last) for last in lasts for end in ends)
 
 
 def skips(patterns: Iterable[str], name: str) -> bool:

@@ -114,6 +114,22 @@ def test_a_model_in_any_format_is_saved_and_opened_by_nf4lab(tmp_path, format):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("way", ["memory", "folder"])
+def test_an_embedding_that_is_named_goes_into_4_bits_and_comes_back(tmp_path, way):
+    model, again, include = make("Llama"), make("Llama", seed=1), ["*", "*embed_tokens*"]
+    if way == "memory":
+        rows = nf4lab.quantize_model_(model, include=include)
+        assert rows[0].name == "model.embed_tokens"
+        model.save_pretrained(tmp_path / "out")
+    else:
+        model.save_pretrained(tmp_path / "in")
+        nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", include=include)
+        nf4lab.quantize_model_(model, include=include)
+    nf4lab.load_model_(again, tmp_path / "out")
+    assert isinstance(again.model.embed_tokens, nf4lab.Embedding4bit)
+    assert torch.equal(outputs(again), outputs(model))
+
+
 def test_transformers_refuses_a_folder_that_is_nf4labs_own(tmp_path):
     model = make("Llama")
     nf4lab.quantize_model_(model, "int4")

@@ -26,8 +26,13 @@ def checkpoint(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [["-m", "nf4lab"], ["-c", "import sys; sys.argv[0] = 'bin/nf4lab'; import nf4lab"]])
-def test_the_version_does_not_wait_for_torch(command):
+SCRIPT = "import sys\nfrom nf4lab.__main__ import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_the_version_does_not_wait_for_torch(tmp_path, how):
+    (tmp_path / "nf4lab").write_text(SCRIPT)
+    command = ["-m", "nf4lab"] if how == "module" else [tmp_path / "nf4lab"]
     done = subprocess.run([sys.executable, "-X", "importtime", *command, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"nf4lab {nf4lab.__version__}\n")
     assert "torch" not in done.stderr  # the list of what was imported
@@ -35,6 +40,12 @@ def test_the_version_does_not_wait_for_torch(command):
         int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines() if "|" in line and "us" not in line
     )
     assert seconds < 500_000  # microseconds
+
+
+def test_another_programs_version_is_its_own(tmp_path):
+    (tmp_path / "other").write_text("import nf4lab\nprint('other 1.0')\n")
+    done = subprocess.run([sys.executable, tmp_path / "other", "--version"], capture_output=True, text=True)
+    assert done.stdout == "other 1.0\n"
 
 
 def test_the_installed_command_is_the_same_program():

@@ -11,6 +11,7 @@ from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.checkpoints.architecture import by_the_models_names, join
 from nf4lab.checkpoints.files import iterate_quantized
 from nf4lab.choice import is_conv1d, is_plain_linear, transformers_models
+from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
@@ -76,6 +77,8 @@ def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
     if last == "weight" and (is_plain_linear(module) or is_conv1d(module)):
         shape = module.weight.shape if is_plain_linear(module) else module.weight.T.shape
         layer = Linear4bit(q, module.bias).train(module.training)
+    elif last == "weight" and type(module) is nn.Embedding:
+        shape, layer = module.weight.shape, Embedding4bit(q, module.padding_idx).train(module.training)
     elif isinstance(module._parameters.get(last), Tensor) and len(q.shape) == 3:
         shape, layer = module._parameters[last].shape, Experts4bit(q).train(module.training)
     else:

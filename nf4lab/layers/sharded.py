@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
@@ -50,4 +51,12 @@ class ShardableExperts4bit(_PackedParameter, Experts4bit):
     """Experts4bit whose packed bytes are a parameter."""
 
 
-SHARDABLE = {Linear4bit: ShardableLinear4bit, Experts4bit: ShardableExperts4bit}
+class ShardableEmbedding4bit(_PackedParameter, Embedding4bit):
+    """Embedding4bit whose packed bytes are a parameter."""
+
+
+SHARDABLE = {
+    Linear4bit: ShardableLinear4bit,
+    Experts4bit: ShardableExperts4bit,
+    Embedding4bit: ShardableEmbedding4bit,
+}

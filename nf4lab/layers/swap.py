@@ -23,6 +23,7 @@ from nf4lab.choice import (
 )
 from nf4lab.formats import Format, as_format
 from nf4lab.formats.double_quant import DoubleQuant
+from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
@@ -87,9 +88,10 @@ def quantize_model_(
     """Put the matrices of `model` that multiply into 4 bits, in place; return a row for each, and what stays and why.
 
     Linear layers become Linear4bit, and so does the Conv1D of GPT-2; the three-dimensional parameters of fused experts
-    become Experts4bit. What stays: embeddings and what shares their weight, output heads, routers, layers that
-    transformers keeps in float32 or that the `llm_int8_skip_modules` of the model's configuration lists, adapters, and
-    subclasses of torch.nn.Linear that compute something else. See `nf4lab.choice`.
+    become Experts4bit, and an embedding that a pattern names Embedding4bit. What stays: embeddings and what shares
+    their weight, output heads, routers, layers that transformers keeps in float32 or that `llm_int8_skip_modules` in
+    the model's configuration lists, adapters, and subclasses of torch.nn.Linear that compute something else. See
+    `nf4lab.choice`.
 
     include, exclude: patterns of dotted names ("*.attention.*"), or functions of (name, layer). A pattern of `include`
     that names what would stay ("*lm_head*", but not "*") has it quantized all the same. A layer used in two places is
@@ -149,27 +151,37 @@ def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
 def _check_replaceable(candidate: Candidate) -> None:
     """Raise where a layer cannot be replaced without losing something."""
     layer, name = candidate.module, candidate.names[0]
-    if candidate.kind == "experts":
-        return  # the module stays, with its hooks
-    if candidate.kind == "embedding":
-        raise ValueError(f"layer {name!r} is an embedding, which this version keeps as it is")
-    if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if candidate.kind != "experts" and any(hooks):  # the module of experts stays, with its hooks
         raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or exclude the layer")
-    if layer.weight.is_meta:
+    weight = _weight(candidate)
+    if weight.is_meta:
         where = "offloaded by accelerate" if hasattr(layer, "_hf_hook") else "on the meta device"
-        raise ValueError(f"layer {name!r} is {where}: its {tuple(layer.weight.shape)} weight is not in memory")
+        raise ValueError(f"layer {name!r} is {where}: its {tuple(weight.shape)} weight is not in memory")
+    if candidate.kind == "embedding" and layer.max_norm is not None:
+        raise ValueError(f"layer {name!r} in 4 bits is frozen, and cannot keep rows within max_norm={layer.max_norm}")
+
+
+def _weight(candidate: Candidate) -> Tensor:
+    """A candidate's weight, (out, in) where it is a linear layer's."""
+    name = candidate.names[0].rpartition(".")[2] if candidate.kind == "experts" else "weight"
+    weight = getattr(candidate.module, name).detach()
+    return weight.T if candidate.kind == "conv1d" else weight
 
 
 def _quantized(
     candidate: Candidate, format, block_size, double_quant, compute_dtype, hessians
 ) -> tuple[nn.Module, QuantizedLayer]:
     """The 4-bit layer for a candidate, which stays as it is, and the layer's row. An error names the layer."""
-    layer, name = candidate.module, candidate.names[0]
-    weight = getattr(layer, name.rpartition(".")[2]) if candidate.kind == "experts" else layer.weight
-    weight = weight.detach().T if candidate.kind == "conv1d" else weight.detach()
+    layer, name, weight = candidate.module, candidate.names[0], _weight(candidate)
     try:
         q = quantize(weight, format, block_size, double_quant, hessian=(hessians or {}).get(name))
-        new = Experts4bit(q) if candidate.kind == "experts" else Linear4bit(q, layer.bias, compute_dtype)
+        if candidate.kind == "experts":
+            new = Experts4bit(q)
+        elif candidate.kind == "embedding":
+            new = Embedding4bit(q, layer.padding_idx)
+        else:
+            new = Linear4bit(q, layer.bias, compute_dtype)
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from None
     row = QuantizedLayer(name, tuple(q.shape), q.format.name, q.bits_per_weight, _error(weight, q))
