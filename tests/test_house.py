@@ -107,6 +107,16 @@ def test_each_room_uses_only_those_above_it_in_the_readmes_list():
         assert room == "__main__" or used <= set(order[: order.index(room)]), room
 
 
+@pytest.mark.parametrize(
+    "room", ["codebooks", "formats", "backends", "checkpoints", "layers", "beyond", "models"]
+)  # those of several modules each of which is an idea
+def test_a_room_lists_its_modules(room):
+    doc = ast.get_docstring(ast.parse((ROOT / "nf4lab" / room / "__init__.py").read_text()))
+    listed = re.findall(r"^([a-z_]+)  +\S", doc, re.MULTILINE)
+    modules = {path.stem for path in (ROOT / "nf4lab" / room).glob("*.py")} - {"__init__"}
+    assert set(listed) == modules and len(listed) == len(modules)
+
+
 def test_quantizing_goes_from_file_to_file_no_more_than_it_must():
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     nf4lab.quantize(x, backend="torch")  # levels are derived once

@@ -2,7 +2,9 @@
 
 choice      which of them serves a tensor
 reference   plain torch, on any device
-cpu, cuda   what the kernels take, made of tensors and formats
+cpu         what the kernels for the CPU take, made of tensors and formats
+cuda        the same for those of a GPU
+feedback    the reference with error feedback along each row of a matrix
 
 A backend is two functions, with the signatures of `reference.quantize` and `reference.dequantize`, and an entry in the
 two tables here. They take and give the parts of a QuantizedTensor and know no such thing.

@@ -68,11 +68,13 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, stored, layout):
+        """What `linear` gives."""
         ctx.weight = stored, layout, versions_of(stored)
         return _linear(x, stored, bias, layout)
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients of x and of the bias; the weight is frozen."""
         grad_x = input_grad(ctx, grad) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum_to_size(grad.shape[-1:]) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, None
