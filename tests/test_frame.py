@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import io
+import os
 import pkgutil
 import re
 import sys
@@ -223,3 +224,18 @@ def test_a_theme_that_keeps_its_icons_otherwise_is_an_error_and_loses_none(tmp_p
     with pytest.raises(ExtensionError, match="knows this theme's icons no more: found are 0 TrueType fonts"):
         weight.slim_icons(tmp_path, static)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_source_is_shown_anew_only_where_it_is_newer_than_its_page(tmp_path):
+    sources = pytest.importorskip("sources")
+    app = types.SimpleNamespace(srcdir=tmp_path, outdir=tmp_path / "html", env=types.SimpleNamespace())
+    entry = ("code", {}, {}, "book/api")
+    app.env._viewcode_modules = dict.fromkeys(("nf4lab", "nf4lab.old", "nf4lab.new", "nf4lab.unseen"), entry)
+    times = {"nf4lab/__init__.py": 100, "nf4lab/old.py": 100, "nf4lab/new.py": 300, "nf4lab/unseen.py": 100}
+    for name, time in times.items() | {(f"html/_modules/nf4lab{end}.html", 200) for end in ("", "/old", "/new")}:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time, time))
+    assert sources.leave(app) == ()
+    assert [name for name, kept in app.env._viewcode_modules.items() if kept] == ["nf4lab.new", "nf4lab.unseen"]
