@@ -1,8 +1,8 @@
 # `make` prints what there is. PYTHON names the interpreter that makes the environment (3.11 or later).
 PYTHON ?= python3
 BIN := .venv/bin
-NEEDS := a download of 1 GB, 3.5 GB of disk and some minutes
-NEEDS_CUDA := pip's torch for Linux brings CUDA's libraries where no build for the CPU alone is at hand: then 4 GB, 9 GB of disk.
+NEEDS := a download of 0.9 GB, 3.1 GB of disk and some minutes
+NEEDS_CUDA := pip's torch for Linux brings CUDA's libraries where no build for the CPU alone is at hand: then 3.3 GB, 6.4 GB of disk.
 .DEFAULT_GOAL := help
 .PHONY: help book pdf test lint notebooks labs grade students bench home clean
 
