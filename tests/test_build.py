@@ -300,3 +300,34 @@ def test_buttons_and_links_lead_to_the_projects_address_once_there_is_one(tmp_pa
     assert [any(place in link and owner in link for link in links) for place in places] == [home] * 3
     assert any(owner in link for link in links) is home
     assert ("make home URL=" in book.page("a")) is not home
+
+
+def install(folder, pip):
+    """`make` of the environment, in a folder with this Makefile and a Python whose pip is that script."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (folder / name).write_text((ROOT / name).read_text())
+    python = folder / "python"
+    write = f"mkdir -p .venv/bin; printf '#!/bin/sh\\n{pip}\\n' > .venv/bin/pip; chmod +x .venv/bin/pip"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\n{write}\n')
+    python.chmod(0o755)
+    command = ["make", ".venv/bin/ready", f"PYTHON={python}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_installation_says_before_what_it_takes_and_its_noise_goes_to_a_log(tmp_path):
+    done = install(tmp_path, "echo Collecting $5; echo a note >&2")
+    assert done.returncode == 0
+    assert re.search(r"a download of [\d.]+ GB, [\d.]+ GB of disk and some minutes", done.stdout)
+    assert ("CUDA" in done.stdout) == (sys.platform == "linux")
+    assert "Collecting" not in done.stdout
+    assert "a note" not in done.stderr
+    assert (tmp_path / "_build" / "install.log").read_text().count("Collecting") == 2
+    assert (tmp_path / ".venv" / "bin" / "ready").exists()
+
+
+def test_an_installation_that_fails_shows_why_and_is_begun_again(tmp_path):
+    for _ in range(2):
+        done = install(tmp_path, "echo ERROR: nothing of this name; exit 1")
+        assert done.returncode != 0
+        assert "ERROR: nothing of this name" in done.stdout
+        assert not (tmp_path / ".venv" / "bin" / "ready").exists()
