@@ -10,6 +10,7 @@ and so does Ctrl-C: the exit status is then 1, and the next build runs what is m
 """
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -30,11 +31,16 @@ POOLS = ("OMP_NUM", "MKL_NUM", "OPENBLAS_NUM", "VECLIB_MAXIMUM", "NUMBA_NUM", "R
 
 
 class Log:
-    """_build/book.log, where all that this process and its children print goes; `say` writes to the terminal too."""
+    """_build/book.log, where all that this process and its children print goes; `say` writes to the terminal too.
+
+    Raises BlockingIOError where another build has it.
+    """
 
     def __init__(self, root: Path):
         self.path, self.root = root / "_build" / "book.log", root
         self.path.parent.mkdir(exist_ok=True)
+        self.lock = (self.path.parent / "book.lock").open("w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when this process ends
         self.terminal = os.fdopen(os.dup(1), "w")
         with self.path.open("w") as log:
             os.dup2(log.fileno(), 1)
@@ -126,7 +132,11 @@ def main() -> int:
     parser.add_argument("--no-pdf", action="store_true", help="print no PDF")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
-    log = Log(root)
+    try:
+        log = Log(root)
+    except BlockingIOError:
+        print(f"another build is under way in {root}")
+        return 1
     os.environ.update({f"{pool}_THREADS": "1" for pool in POOLS}, TOKENIZERS_PARALLELISM="false")
     try:
         return build(root, arguments.names, not arguments.no_pdf, log)

@@ -91,12 +91,12 @@ class Book:
 
     def start(self):
         """`make book` on the book, as a process."""
-        (self.root / "book" / "ran.txt").unlink(missing_ok=True)
         command = [sys.executable, ROOT / "book" / "build.py", "--root", self.root, "--no-pdf"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def make(self):
         """(exit status, what the terminal showed) of `make book` on the book."""
+        (self.root / "book" / "ran.txt").unlink(missing_ok=True)
         process = self.start()
         shown, _ = process.communicate()
         return process.returncode, shown
@@ -251,6 +251,8 @@ def test_ctrl_c_keeps_the_pages_that_are_done_and_the_next_build_runs_the_rest(b
     while not (kept.exists() and "book/a  " in kept.read_text() and "z" in book.ran()):
         time.sleep(0.1)
         assert process.poll() is None
+    status, second = book.make()
+    assert (status, second.strip()) == (1, f"another build is under way in {book.root}")
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate()
     assert process.returncode == 1
