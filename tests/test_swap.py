@@ -1,5 +1,7 @@
 """A whole model in 4 bits: what is swapped, what is left alone, what is refused, and what memory it takes."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -358,3 +360,42 @@ def test_gpt_2s_transposed_layers_answer_as_with_their_dequantized_weights():
         w.data.copy_(nf4lab.quantize(w.T).dequantize().T)
     assert len(rows) == 8
     assert torch.allclose(outputs(model), outputs(by_hand), atol=1e-5)  # sums of 64 to 256 products in another order
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.weight.data.zero_(),
+        lambda layer: layer.weight.zero_(),
+        lambda layer: layer.weight.data.copy_(torch.ones(32, 16)),
+        lambda layer: layer.weight.__setitem__(0, 1.0),
+        lambda layer: layer.weight.data.__iadd__(1),
+        lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+        lambda layer: setattr(layer.weight, "data", torch.ones(32, 16)),
+    ],
+)
+def test_what_is_written_to_a_decoded_weight_is_refused_and_not_lost(write):
+    model = nn.Sequential(nn.Linear(16, 32))
+    nf4lab.quantize_model_(model)
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="what is written to it would be lost"):
+        write(model[0])
+    assert torch.equal(model[0].weight, before)
+
+
+def test_what_is_made_of_a_decoded_weight_is_plain():
+    model = nn.Sequential(nn.Linear(16, 32))
+    nf4lab.quantize_model_(model)
+    w, x = model[0].weight, torch.randn(3, 16, requires_grad=True)
+    for made in (
+        w.clone(),
+        w + 1,
+        w.T @ w,
+        nn.functional.linear(x, w),
+        copy.deepcopy(w),
+        pickle.loads(pickle.dumps(w)),
+    ):
+        assert type(made) is torch.Tensor
+    nn.functional.linear(x, w).sum().backward()
+    assert torch.allclose(x.grad, w.sum(dim=0).expand(3, -1), atol=1e-6)  # sums of 32 in another order
+    w.clone().mul_(2)

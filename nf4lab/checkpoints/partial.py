@@ -51,6 +51,8 @@ def folder_appearing_whole(path: str | os.PathLike) -> Iterator[Path]:
         partial.rename(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(path))  # the name that was asked for
         raise _naming(error, path) from None
     finally:
         if descriptor is not None:

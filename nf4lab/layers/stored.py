@@ -37,8 +37,12 @@ class Stored4bit(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight dequantized, (out_features, in_features): made at every access, for code that reads a weight."""
-        return torch.ops.nf4lab.dequantize_stored(self.stored(), self.layout, self.dtype)
+        """The weight dequantized, (out_features, in_features): made at every access, for code that reads a weight.
+
+        What would be written to it would be lost, and is refused: write to `weight.clone()`.
+        """
+        weight = torch.ops.nf4lab.dequantize_stored(self.stored(), self.layout, self.dtype)
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(Decoded)
 
     @property
     def nbytes(self) -> int:
@@ -95,3 +99,37 @@ class Stored4bit(nn.Module):
 def _own(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is part of something larger, which would stay alive and which no file can hold."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+class Decoded(Tensor):
+    """A weight as it decodes, to be read: what is made of it are plain tensors, and writing to it is a RuntimeError."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Do what the function does, unless it would write to a decoded weight."""
+        kwargs, own = kwargs or {}, bool(args) and isinstance(args[0], cls)
+        if (own and _writes(function)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError("a 4-bit layer's weight is decoded when read: what is written to it would be lost; "
+                            "write to weight.clone(), and quantize that")  # fmt: skip
+        with torch._C.DisableTorchFunctionSubclass():
+            made = function(*args, **kwargs)
+        return made.as_subclass(cls) if own and function == Tensor.data.__get__ else made
+
+    def __deepcopy__(self, memo):
+        """Copied it is a plain tensor."""
+        return self.clone()
+
+    def __reduce_ex__(self, protocol):
+        """Pickled it is a plain tensor."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _writes(function) -> bool:
+    """Whether a function of torch changes its first argument: by its name, as torch has it, or by assigning data."""
+    name = function.__name__
+    in_place = name.startswith("__i") and name.removeprefix("__i").removesuffix("__") in OPERATORS
+    ends = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return ends or in_place or name == "__setitem__" or function == Tensor.data.__set__
+
+
+OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
