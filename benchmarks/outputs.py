@@ -1,16 +1,16 @@
 """What rounding does to the outputs of two models, and how far that moves when nothing that matters changes.
 
-    python benchmarks/outputs.py [--results FILE]      ten minutes of one core
+    python benchmarks/outputs.py [--only "language model" | --only encoder]      ten minutes of one core
 
-writes results/outputs.json. Every format of the league at 4.5 bits per weight, every other format at its own block
-size, and levels fitted to each matrix; each in three ways that are as good as one another:
+writes nf4lab/models/records/outputs.json. Formats of the league at 4.5 bits per weight, others at their own block size,
+and levels fitted to each matrix; each in three ways that are as good as one another:
 
 plain      as the package quantizes
 mirrored   minus the weights, quantized, and minus that again: every code is used for the other sign
 shifted    the weights moved on by half a block: every block has other neighbours
 
 encoder         all-MiniLM-L6-v2, its 36 linear layers; 1 - cosine of each sentence's vector to the original's, averaged
-                over sets of sentences that share no word but the commonest
+                over five sets of 20 sentences that share no word but the commonest
 language model  nf4lab.models.manuals_model, its 56 linear layers; Kullback-Leibler divergence from the original and the
                 loss gained, in nats per token, averaged over groups of pages that it has not learned from
 """
@@ -29,6 +29,7 @@ from torch import nn
 import nf4lab
 from nf4lab import codebooks, league, models
 
+RECORD = Path(models.__file__).parent / "records" / "outputs.json"  # with the package: pages read it anywhere
 WAYS = ("plain", "mirrored", "shifted")
 WORLDS = {
     "kitchen": ("A chef|My grandmother|The young baker|A tired father",
@@ -71,13 +72,14 @@ def quantized(w: torch.Tensor, format, block_size: int, way: str) -> torch.Tenso
 
 
 def sentence_sets() -> dict[str, list[str]]:
-    """Four worlds of 60 sentences that share no fragment, and the first sentences of 60 pages of manuals."""
+    """Four worlds that share no fragment, 20 sentences of each, and the first sentences of 20 pages of manuals."""
     sets = {
         world: [f"{' '.join(parts)}." for parts in itertools.product(*(column.split("|") for column in columns))]
         for world, columns in WORLDS.items()
     }
     first = [page.split("\n")[0].split(". ")[0] for page in models.texts("manuals")]
-    return sets | {"manuals": [line for line in first if line.count(" ") > 7][:60]}
+    sets["manuals"] = [line for line in first if line.count(" ") > 7]
+    return {name: one[:60:3] for name, one in sets.items()}
 
 
 def encoder():
@@ -123,12 +125,13 @@ def language_model():
     return layers, judge
 
 
-def measure(layers: dict[str, nn.Linear], judge) -> dict:
+def measure(layers: dict[str, nn.Linear], judge, names: list[str]) -> dict:
     """variant -> bits, error and power of the weights, and for each of WAYS what the outputs say."""
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     numel = sum(w.numel() for w in weights.values())
     table = {}
-    for name, (format, block_size) in variants().items():
+    for name in names:
+        format, block_size = variants()[name]
         row = {"block_size": block_size, "ways": {}}
         for way in WAYS:
             squares, decibels = 0.0, []
@@ -145,14 +148,19 @@ def measure(layers: dict[str, nn.Linear], judge) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "outputs.json")
-    path = parser.parse_args().results
+    parser.add_argument("--results", type=Path, default=RECORD)
+    parser.add_argument("--only", choices=("language model", "encoder"), help="leave the other as it is in the file")
+    parser.add_argument("--variants", nargs="+", default=list(variants()), help="these formats, beside what is there")
+    arguments = parser.parse_args()
+    path = arguments.results
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    record = provenance("benchmarks/outputs.py", ["torch", "transformers", "sentence-transformers"])
     for name, model in (("language model", language_model), ("encoder", encoder)):
-        record[name] = measure(*model())
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        if arguments.only in (None, name):
+            table = measure(*model(), arguments.variants)
+            record = json.loads(path.read_text()) if path.exists() else {}
+            record |= provenance("benchmarks/outputs.py", ["torch", "transformers", "sentence-transformers"])
+            path.write_text(json.dumps(record | {name: record.get(name, {}) | table}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ decoder      the smaller language model itself, in plain torch
 """
 
 from nf4lab.models.decoder import Decoder
-from nf4lab.models.manuals import manuals_model, texts
+from nf4lab.models.manuals import manuals_model, record, texts
 from nf4lab.models.pretrained import (
     GLASSLLM_SHA256,
     MINILM,
@@ -20,5 +20,5 @@ from nf4lab.models.pretrained import (
 
 __all__ = [
     "GLASSLLM_SHA256", "MINILM", "MINILM_SHA256", "Decoder", "check_sha256", "language_model", "manuals_model",
-    "minilm_matrices", "minilm_path", "sentence_encoder", "texts",
+    "minilm_matrices", "minilm_path", "record", "sentence_encoder", "texts",
 ]  # fmt: skip

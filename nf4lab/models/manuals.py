@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "manuals-10m"
 TEXTS = Path(__file__).parent / "texts"
+RECORDS = Path(__file__).parent / "records"
 
 
 def manuals_model(dtype: torch.dtype = torch.float32) -> tuple["LlamaForCausalLM", "Tokenizer"]:
@@ -49,3 +50,14 @@ def texts(name: str) -> list[str]:
         raise ValueError(f"name must be one of {sorted(file.stem for file in TEXTS.glob('*.jsonl'))}; got {name!r}")
     with path.open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
+
+
+def record(name: str) -> dict:
+    """What a long measurement has found, with the command, date and versions that it was made with.
+
+    "outputs": benchmarks/outputs.py. "fine-tune-two-cores": benchmarks/fine_tune.py. Raises ValueError for another.
+    """
+    path = RECORDS / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"name must be one of {sorted(file.stem for file in RECORDS.glob('*.json'))}; got {name!r}")
+    return json.loads(path.read_text(encoding="utf-8"))
