@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4lab.formats.packing import pack, packed_bytes, repack, unpack
+from nf4lab.formats.packing import WIDTHS, pack, packed_bytes, repack, unpack
 
 codes_lists = st.lists(st.integers(0, 15), max_size=257)
 
@@ -51,7 +51,7 @@ def test_a_length_that_does_not_fit_the_bytes_is_refused(n, n_bytes):
 
 
 @settings(max_examples=200)
-@given(st.sampled_from([2, 3, 4, 8]), st.integers(0, 300), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(WIDTHS), st.integers(0, 300), st.integers(0, 2**32 - 1))
 def test_unpacking_gives_back_what_was_packed_at_every_width(bits, n, seed):
     codes = torch.randint(0, 2**bits, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack(codes, pad=1, bits=bits)
@@ -59,7 +59,7 @@ def test_unpacking_gives_back_what_was_packed_at_every_width(bits, n, seed):
     assert torch.equal(unpack(packed, n, bits), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_packed_codes_are_one_stream_of_bits_with_the_first_code_foremost(bits):
     codes = torch.randint(0, 2**bits, (37,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     stream = "".join(f"{code:0{bits}b}" for code in [*codes.tolist(), *[1] * 8])[: 8 * packed_bytes(37, bits)]
@@ -73,8 +73,8 @@ def test_repacking_is_unpacking_and_packing(wanted):
 
 
 def test_a_width_that_no_code_has_is_refused():
-    with pytest.raises(ValueError, match="codes have 2, 3, 4 or 8 bits; got 5"):
-        pack(torch.zeros(3, dtype=torch.uint8), bits=5)
+    with pytest.raises(ValueError, match=r"codes have 2, 3.* or 8 bits; got 9"):
+        pack(torch.zeros(3, dtype=torch.uint8), bits=9)
     with pytest.raises(ValueError, match=r"3-bit codes lie in 0\.\.7; got 8"):
         pack(torch.tensor([8], dtype=torch.uint8), bits=3)
     with pytest.raises(ValueError, match="9 codes take 4 bytes; got 3"):
