@@ -1,4 +1,4 @@
-"""Count the machine instructions of the teaching kernels for sm_90; no GPU needed. Writes results/instructions-sm90.json.
+"""Count the machine instructions of the teaching kernels for sm_90; writes results/instructions-sm90.json.
 
 Needs the wheels nvidia-nvvm, nvidia-cuda-nvrtc, nvidia-nvjitlink and pyelftools. A count is of the whole kernel, both
 sides of every branch: for a kernel without a slow path, what a thread executes.
