@@ -21,12 +21,15 @@ From it come, by otter-grader's `assign`:
     nf4lab/labs/public/labN/      the public checks, which the package brings to wherever the notebook runs
     _build/labs/labN.zip          the grader, with the hidden checks and the course's SEED: not for students
 
+The seed is kept in labs/seed, which git does not know.
+
 With --check nothing is written, and what is out of date is an error (the grader is not looked at).
 """
 
 import argparse
 import importlib.util
 import re
+import secrets
 import sys
 import tempfile
 import zipfile
@@ -175,20 +178,23 @@ def setup_cell(lab: str, gpu: bool) -> str:
     )  # fmt: skip
 
 
-def known(lab: str) -> str:
-    """The imports at the top of each of the lab's check files."""
+def with_imports(lab: str, text: str) -> str:
+    """A check file with what its checks know in front, and otter's decorator as `feedback` has it."""
     own = (ROOT / "nf4lab" / "labs" / f"{lab}.py").exists()
-    return CHECKS_KNOW.format(names=f"feedback, {lab}" if own else "feedback")
+    imports = CHECKS_KNOW.format(names=f"feedback, {lab}" if own else "feedback")
+    return imports + text.replace(
+        "from otter.test_files import test_case", "from nf4lab.labs.feedback import test_case"
+    )
 
 
 def public_file(lab: str, text: str) -> str:
     """A public check file as the package ships it."""
-    return f'"""Made from labs/{lab}/master.md by `make labs`."""\n\n{known(lab)}{text.rstrip()}\n'
+    return f'"""Made from labs/{lab}/master.md by `make labs`."""\n\n{with_imports(lab, text.rstrip())}\n'
 
 
 def check_files(lab: str, tests: dict[str, str], seed: int) -> dict[str, str]:
     """All checks, as the grader runs them: with what they know and the course's SEED in front."""
-    return {name: f"{known(lab)}\nSEED = {seed}\n{text}" for name, text in tests.items()}
+    return {name: with_imports(lab, f"\nSEED = {seed}\n{text}") for name, text in tests.items()}
 
 
 def write_grader(made: Path, target: Path, checks: dict[str, str]) -> None:
@@ -230,18 +236,34 @@ def make(lab: str, seed: int, check: bool = False, grader: Path | None = None) -
     return stale
 
 
+def course_seed(wanted: int | None, file: Path = ROOT / "labs" / "seed") -> int:
+    """The course's seed: the one in labs/seed, which git does not know; kept there when it is first given or drawn.
+
+    Raises SystemExit where another one is there already: last week's grades came from it.
+    """
+    kept = int(file.read_text()) if file.exists() else None
+    if kept is not None and wanted not in (None, kept):
+        raise SystemExit(f"labs/seed holds {kept}, and you ask for {wanted}: remove labs/seed to begin a new course")
+    if kept is None:
+        kept = wanted if wanted is not None else secrets.randbelow(10**6)
+        file.write_text(f"{kept}\n")
+        print(f"the course's seed is {kept}, from now on in labs/seed: do not publish it, and do not lose it")
+    return kept
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labs", nargs="*", help="which labs (default: all)")
-    parser.add_argument("--seed", type=int, default=2026, help="the number that the hidden checks' data come from")
+    parser.add_argument("--seed", type=int, help="the number that the hidden checks' data come from, kept in labs/seed")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail where a student's file is out of date"
     )
     arguments = parser.parse_args()
-    stale = [name for lab in arguments.labs or labs() for name in make(lab, arguments.seed, arguments.check)]
+    seed = 0 if arguments.check else course_seed(arguments.seed)
+    stale = [name for lab in arguments.labs or labs() for name in make(lab, seed, arguments.check)]
     print(f"{'out of date' if arguments.check else 'written'}: {', '.join(stale) or 'nothing new'}")
     if not arguments.check:
-        print(f"graders with seed {arguments.seed} in _build/labs: keep them from students")
+        print(f"graders with seed {seed} (labs/seed) in _build/labs: keep them from students")
     return 1 if arguments.check and stale else 0
 
 

@@ -5,6 +5,7 @@ grader calls them, in this process: that shows which points a mistake costs and 
 notebook to table, is in tests/test_labs.py.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -73,7 +74,8 @@ def outcome(lab, env, questions=None, seed=2026):
         exec(source, known)
         name = re.search(r"^def (\w+)\(env\)", source, re.M)[1]
         try:
-            known[name](env)
+            with labs.feedback.forgiving() if "hidden" in tags else contextlib.nullcontext():
+                known[name](env)
             earned += points(tags)
         except labs.feedback.Mistake as mistake:
             told[f"{tags[0]} {tags[1]} {name}"] = str(mistake)

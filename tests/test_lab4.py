@@ -44,7 +44,7 @@ MISTAKES = [
     ("bytes with a fraction", "q2", "(n + 1) // 2", "n / 2", 2, "// instead of /"),
     ("blocks rounded down", "q4", "-(-n_bytes // threads)", "n_bytes // threads", 2, "rounded down: the last"),
     ("a block too many", "q4", "-(-n_bytes // threads)", "n_bytes // threads + 1", 2, "one more than needed"),
-    ("blocks with a fraction", "q4", "-(-n_bytes // threads)", "n_bytes / threads", 2, "a launch takes an int"),
+    ("blocks with a fraction", "q4", "-(-n_bytes // threads)", "n_bytes / threads", 2, "a launch takes a whole number"),
     ("a thread an element", "q4", "-(-n_bytes // threads)", "-(-2 * n_bytes // threads)", 2, "not an element"),
     ("levels above", "q8", "s > boundaries[b]", "s < boundaries[b]", 3, "boundaries above s were counted"),
     ("ties go up", "q8", "s > boundaries[b]", "s >= boundaries[b]", 3, "a tie goes to the lower level"),
@@ -93,7 +93,7 @@ MISTAKES = [
         "        packed[j // 2] = high << 4 | low",
         "        packed[t // 2] = high << 4 | low",
         8,
-        "race.*packed",
+        "race.*packed|packed.*written by",
     ),
 ]
 
@@ -116,15 +116,15 @@ BODY = [  # mistakes in what one thread does: (name, old, new, points lost of 5,
     ("not multiplied", " * scale", "", 3, "not multiplied by its absmax"),
     ("three bits", "byte & 15", "byte & 7", 3, "& 15 keeps four"),
     ("a byte read twice", "[byte & 15]", "[packed[i] & 15]", 2, "one thread reads it once"),
-    ("odd tail unguarded", "2 * i + 1 < out.size", "i < out.size", 2, "second write needs a guard"),
+    ("odd tail unguarded", "2 * i + 1 < out.size", "i < out.size", 2, "low nibble is no element"),
     ("odd tail left out", "2 * i + 1 < out.size", "2 * i + 2 < out.size", 5, "never written"),
 ]
 KERNEL = [
-    ("no blocks", NUMBER, "cuda.threadIdx.x", 5, "thread blocks do each other's work"),
+    ("no blocks", NUMBER, "cuda.threadIdx.x", 5, "and again by thread 0 of block 1"),
     ("grid for block", "cuda.blockIdx.x * cuda.blockDim.x", "cuda.blockIdx.x * cuda.gridDim.x", 5, "is cuda.block"),
 ]  # fmt: skip
 NO_LOOP = [
-    ("no guard", GUARD, "if i < out.size:", 2, "a bounds guard is missing"),
+    ("no guard", GUARD, "if i < out.size:", 2, "some threads have no byte"),
     ("threads far apart", NUMBER, "cuda.threadIdx.x * cuda.gridDim.x + cuda.blockIdx.x", 2, "neighbouring threads"),
 ]
 WITH_TABLE = [
@@ -150,10 +150,17 @@ MISTAKES += [
         STRIDE,
         "range(start, packed.size, cuda.blockDim.x)",
         5,
-        "blocks do each other's work",
+        "and again by thread 0 of block 1",
     ),
-    ("one round", "q7", STRIDE, "range(start, packed.size, packed.size)", 5, "no thread takes the bytes from there on"),
-    ("no end", "q7", STRIDE, "iter(lambda: start, packed.size)", 5, "does its loop ever end"),
+    ("one round", "q7", STRIDE, "range(start, packed.size, packed.size)", 5, "No thread takes the bytes from there on"),
+    (
+        "no end",
+        "q7",
+        STRIDE,
+        "iter(lambda: start, packed.size)",
+        5,
+        "written by thread 0 of block 0 and again by thread 0 of block 0",
+    ),
     (
         "a stretch for each thread",
         "q7",

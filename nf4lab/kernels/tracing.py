@@ -21,6 +21,7 @@ import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ class KernelMistake(AssertionError):
         self.kind, self.array = kind, array
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """One read or write of one element: by whom, at which instruction, and which of that thread's there."""
 
     array: str
@@ -101,41 +101,43 @@ class Trace:
         return "\n".join(lines)
 
 
-def trace(kernel: Callable, blocks: int, threads: int, *arguments) -> Trace:
+def trace(kernel: Callable, blocks: int, threads: int, *arguments, once: tuple[int, ...] = ()) -> Trace:
     """The record of kernel[blocks, threads](*arguments), which leaves its results in the arguments, as a GPU would.
 
     kernel: marked @cuda.jit, in one dimension. NumPy arrays (1-D) among the arguments are watched, under the names
-    that the kernel gives them. Raises KernelMistake at the first mistake, TypeError where it is no kernel.
+    that the kernel gives them. once: positions of arrays whose elements are to be written once; the second write ends
+    the trace. Raises KernelMistake at the first mistake, TypeError where it is no kernel.
     """
     if not hasattr(kernel, "py_func"):
         raise TypeError(f"{getattr(kernel, '__name__', kernel)} is not a kernel: @cuda.jit must stand above it")
     blocks, threads = _whole(blocks, "blocks"), _whole(threads, "threads")
-    launch = _Launch(blocks, threads, tuple(inspect.signature(kernel.py_func).parameters), arguments)
+    launch = _Launch(blocks, threads, tuple(inspect.signature(kernel.py_func).parameters), arguments, once)
     made: dict[Callable, Callable] = {}
     body = _as_python(kernel, launch.cuda, made)
     has_barriers = any("syncthreads" in plain.__code__.co_names for plain in made)
     return launch.run(lambda: body(*launch.arguments), has_barriers)
 
 
-def trace_body(body: Callable, threads: int, *arguments) -> Trace:
+def trace_body(body: Callable, threads: int, *arguments, once: tuple[int, ...] = ()) -> Trace:
     """The record of body(0, *arguments), body(1, *arguments), …: the loop that a GPU runs all at once.
 
-    Raises KernelMistake as `trace` does.
+    once, and KernelMistake: as in `trace`.
     """
-    launch = _Launch(1, threads, tuple(inspect.signature(body).parameters)[1:], arguments)
+    launch = _Launch(1, threads, tuple(inspect.signature(body).parameters)[1:], arguments, once)
     return launch.run(lambda: body(launch.thread, *launch.arguments), has_barriers=False)
 
 
 class _Launch:
     """The threads of a launch, one of which runs at any time, and what they share."""
 
-    def __init__(self, blocks: int, threads: int, names: tuple, arguments: tuple):
+    def __init__(self, blocks: int, threads: int, names: tuple, arguments: tuple, once: tuple[int, ...] = ()):
         self.blocks, self.threads, self.block, self.thread, self.phase = blocks, threads, 0, 0, 0
         arrays = {name: a for name, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)}
         if len(names) != len(arguments):
             raise TypeError(f"the kernel must take {len(arguments)} arguments; it has {', '.join(names) or 'none'}")
         self.trace, self.turns, self.patience = Trace(blocks, arrays), Counter(), Counter()
         self.arguments = [_Watched(n, a, self) if n in arrays else a for n, a in zip(names, arguments, strict=True)]
+        self.once = {names[position] for position in once}
         self.shared: dict[tuple, _Watched] = {}
         self.race: KernelMistake | None = None
         self.cuda = _Cuda(self)
@@ -333,6 +335,10 @@ class _Watched:
                 yield other, entry
 
     def _check_write(self, index: int, me: tuple, value, atomic: bool) -> None:
+        if self.written[index] and self.name in self.launch.once and not self.is_shared:
+            first, again = (self.launch.who(*one) for one in (next(iter(self.writers[index])), me))
+            text = f"{self.name}[{index}] is written by {first} and again by {again}; once is enough"
+            raise KernelMistake("twice", text, self.name)
         for other, (_, theirs, was_atomic) in self._unordered(self.writers[index], me):
             if not (atomic and was_atomic) and not _same(theirs, value):
                 self._race(index, other, me, "writes")

@@ -1,140 +1,121 @@
-"""Feedback that teaches: what was expected, what came, at which index, and the likely cause.
+"""Feedback that teaches: what was expected, what came, at which index, and the cause where it is certain.
 
-A check of a lab calls `given` for the student's function, `call` to run it and `same` or `close` to compare. A likely
-mistake is named by what it would give: `causes` maps a sentence to the result of a submission that makes the mistake,
-or to a function that recognises it. Public and hidden checks use the same helpers.
+A check of a lab calls `given` for the student's function, `call` to run it and `same` or `close` to compare. `causes`
+maps a sentence to what a submission that makes the mistake gives: one value, or a list of them. A cause is told only
+where the result is that value. With `Cases` it has to be so in each of several calls, since one number is soon equal
+by chance.
+
+A type or a dtype that is not the one asked for is told as that, where the values are right; hidden checks let it pass
+(`forgiving`), so that it costs the points of the visible check and no more. Public and hidden checks are otherwise the
+same.
 """
 
 import contextlib
-import difflib
-import os
-import sys
-import traceback
+import contextvars
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+import numpy as np
+import otter.test_files
 import torch
 from torch import Tensor
 
-PACKAGE = str(Path(__file__).parents[1]) + os.sep  # as imported: a code object's file name does not resolve links
-LABS = str(Path(__file__).parent) + os.sep
-Causes = Mapping[str, object]  # a likely cause -> what it would give, or a function from the result to True or False
+from nf4lab.labs.calls import (
+    Mistake,
+    beside,
+    call,
+    copied,
+    describe,
+    dtype_name,
+    given,
+    has,
+    put_aside,
+    standing_in,
+    usual_state,
+)  # fmt: skip
+
+__all__ = [
+    "Cases", "Mistake", "beside", "call", "close", "copied", "describe", "forgiving", "given", "has", "number", "pair",
+    "plain",
+    "put_aside",
+    "same", "standing_in", "test_case", "that", "usual_state",
+]  # fmt: skip
+Causes = Mapping[
+    str, object
+]  # a likely cause -> what it gives, a list of such, or a function that tells it for certain
+STRICT = contextvars.ContextVar("strict", default=True)
 
 
-class Mistake(AssertionError):
-    """A check's finding, in words for the student."""
+class test_case(otter.test_files.test_case):
+    """A check as otter has it, run in torch's usual state, whatever the notebook has set."""
+
+    def call_func(self, global_environment):
+        with usual_state():
+            super().call_func(global_environment)
 
 
-def given(env: Mapping[str, object], name: str) -> Callable:
-    """The student's function of that name. Raises Mistake where there is none, with the name that is most like it."""
-    found = env.get(name)
-    if callable(found):
-        return found
-    if found is not None:
-        raise Mistake(f"`{name}` should be a function; it is {describe(found)}")
-    own = [key for key, value in env.items() if callable(value) and not key.startswith("_")]
-    near = difflib.get_close_matches(name, own, n=1, cutoff=0.5)
-    hint = f" There is `{near[0]}`: was it renamed?" if near else " Was its cell deleted, or did it end in an error?"
-    raise Mistake(f"there is no function `{name}`.{hint}")
+@contextlib.contextmanager
+def forgiving():
+    """Compare values only: a list for a tensor, or int64 for uint8, passes."""
+    token = STRICT.set(False)
+    try:
+        yield
+    finally:
+        STRICT.reset(token)
 
 
-def call(function: Callable, *args, package: bool = False, others: Mapping[str, Callable] | None = None, **kwargs):
-    """What the student's function returns.
+class Cases:
+    """Several calls of one function, compared together; the first that differs is told at the end.
 
-    others: correct versions of what the other questions ask for, by name. The student's own are put aside during the
-    call, so that a mistake costs the points of its own question and no more.
-
-    Raises Mistake where it ends in an error (naming it, and the function's line), where it returns nothing or `...`,
-    and, unless `package`, where it calls nf4lab: the package is what the answer is compared with.
+    A cause is told only if it explains the result of every call, those included that came out right.
     """
-    name = getattr(function, "__name__", "your function")
-    borrowed = []
 
-    def watch(frame, event, arg):
-        filename = frame.f_code.co_filename
-        if event == "call" and filename.startswith(PACKAGE) and not filename.startswith(LABS):
-            borrowed.append(frame.f_code.co_name)
-            raise Mistake(_borrowed(name, borrowed[0]))
+    def __init__(self):
+        self._first, self._always, self._sometimes = None, {}, set()
 
-    before = sys.getprofile()
-    try:
-        with _put_aside(function, others or {}):
-            sys.setprofile(before if package else watch)
-            result = function(*args, **kwargs)
-    except Exception as error:
-        sys.setprofile(before)
-        if borrowed:
-            raise Mistake(_borrowed(name, borrowed[0])) from None
-        raise Mistake(f"`{name}` ended in {type(error).__name__}: {error}{_line(error, function)}") from None
-    finally:
-        sys.setprofile(before)
-    if borrowed:
-        raise Mistake(_borrowed(name, borrowed[0]))
-    if result is None or result is Ellipsis:
-        raise Mistake(f"`{name}` returned {result}: it is not written yet, or a `return` is missing")
-    return result
+    def __enter__(self):
+        return self
 
+    def same(self, got, expected, what: str, causes: Causes | None = None) -> None:
+        """As the function `same`, at the end."""
+        self._add(same, got, expected, what, (), causes or {})
 
-@contextlib.contextmanager
-def _put_aside(function: Callable, others: Mapping[str, Callable]):
-    """Let the function find the others in place of the functions of those names, except for its own."""
-    variables, missing = getattr(function, "__globals__", {}), object()
-    names = [name for name in others if name != getattr(function, "__name__", None)]
-    before = {name: variables.get(name, missing) for name in names}
-    variables.update({name: _unwatched(others[name]) for name in names})
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        for name, value in before.items():
-            if value is missing:
-                variables.pop(name, None)
-            else:
-                variables[name] = value
+    def close(self, got, expected, what: str, tolerance: float, causes: Causes | None = None) -> None:
+        """As the function `close`, at the end."""
+        self._add(close, got, expected, what, (tolerance,), causes or {})
 
-
-def _unwatched(other: Callable) -> Callable:
-    """The function, which may call nf4lab: the watch on the student's code rests meanwhile."""
-
-    def run(*args, **kwargs):
-        watch = sys.getprofile()
-        sys.setprofile(None)
+    def _add(self, compare: Callable, got, expected, what: str, tolerance: tuple, causes: Causes) -> None:
         try:
-            return other(*args, **kwargs)
-        finally:
-            sys.setprofile(watch)
+            compare(got, expected, what, *tolerance)
+        except Mistake as mistake:
+            self._first = self._first or mistake
+        for cause, wrong in causes.items():
+            wrong = expected if wrong is None else wrong
+            self._always[cause] = self._always.get(cause, True) and _recognised(plain(got), wrong, *tolerance)
+            if not _recognised(expected, wrong, *tolerance):
+                self._sometimes.add(cause)
 
-    return run
-
-
-@contextlib.contextmanager
-def standing_in(names: dict, **objects):
-    """The names of a notebook, or a function's globals, bound to other objects meanwhile: kernels and classes too."""
-    before = {name: names[name] for name in objects if name in names}
-    names.update(objects)
-    try:
-        yield
-    finally:
-        for name in objects:
-            del names[name]
-        names.update(before)
+    def __exit__(self, kind, error, trace):
+        if kind is None and self._first:
+            raise Mistake(
+                self._first.message, tuple(c for c in self._always if self._always[c] and c in self._sometimes)
+            )
 
 
 def same(got, expected, what: str, causes: Causes | None = None) -> None:
-    """Pass where got equals expected to the bit: tensors of one shape and dtype, or numbers, strings, tuples.
+    """Pass where got equals expected to the bit: tensors of one shape, or numbers, strings, tuples.
 
     what: the result's name in messages, as `codes`. Raises Mistake otherwise.
     """
-    if not isinstance(expected, Tensor):
-        if type(got) is bool or isinstance(got, Tensor) or got != expected:
-            raise Mistake(f"{what}: expected {expected}, got {describe(got)}{_likely(got, causes)}")
+    if isinstance(expected, Tensor):
+        got, odd = _as_tensor(got, expected, what, causes)
+        wrong = ~_equal(got, expected)
+        if wrong.any():
+            raise Mistake(_first_difference(got, expected, wrong, what) + odd, _likely(got, causes))
+        _not_odd(odd, what)
         return
-    got = _tensor_like(got, expected, what, causes)
-    if got.dtype != expected.dtype:
-        raise Mistake(f"{what}: expected dtype {_dtype(expected)}, got {_dtype(got)}{_likely(got, causes)}")
-    wrong = ~((got == expected) | (got.isnan() & expected.isnan()))
-    if wrong.any():
-        raise Mistake(_first_difference(got, expected, wrong, what) + _likely(got, causes))
+    number = plain(got)
+    if type(number) is bool or isinstance(number, Tensor | np.ndarray) or not _is(number, expected):
+        raise Mistake(f"{what}: expected {expected}, got {describe(got)}", _likely(number, causes))
 
 
 def close(got, expected, what: str, tolerance: float, causes: Causes | None = None) -> None:
@@ -142,41 +123,98 @@ def close(got, expected, what: str, tolerance: float, causes: Causes | None = No
 
     tolerance: at most this share; the check that sets it says why. Raises Mistake otherwise, as `same` does.
     """
-    number = not isinstance(expected, Tensor)
-    expected = torch.as_tensor(expected, dtype=torch.float64 if number else None)
-    if number and isinstance(got, int | float) and not isinstance(got, bool):
-        got = torch.tensor(got, dtype=torch.float64)
-    got = _tensor_like(got, expected, what, causes)
-    if not number and got.dtype != expected.dtype:
-        raise Mistake(f"{what}: expected dtype {_dtype(expected)}, got {_dtype(got)}{_likely(got, causes)}")
-    wrong = ~((got.double() - expected.double()).abs() <= tolerance * expected.double().abs().max())
+    odd = ""
+    if isinstance(expected, Tensor):
+        got, odd = _as_tensor(got, expected, what, causes)
+        got_values = got
+    else:
+        number = plain(got)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise Mistake(f"{what}: expected a number, {expected:.9g}; got {describe(got)}", _likely(number, causes))
+        got_values, expected = (torch.tensor(float(v), dtype=torch.float64) for v in (number, expected))
+    wrong = ~_near(got_values, expected, tolerance)
     if wrong.any():
-        raise Mistake(_first_difference(got, expected, wrong, what) + _likely(got, causes))
+        text = _first_difference(got_values, expected, wrong, what) + odd
+        raise Mistake(text, _likely(got_values if odd or isinstance(got, Tensor) else number, causes, tolerance))
+    _not_odd(odd, what)
 
 
-def that(condition: bool, message: str, got=None, causes: Causes | None = None) -> None:
-    """Pass where the condition holds. Raises Mistake with the message, and the likely cause, otherwise."""
+def that(condition: bool, message: str, *causes: str) -> None:
+    """Pass where the condition holds. Raises Mistake with the message, and causes that are certain, otherwise."""
     if not condition:
-        raise Mistake(message + _likely(got, causes))
+        raise Mistake(message, causes)
 
 
-def describe(value) -> str:
-    """A value in a few words: shape and dtype of a tensor, a short repr of anything else."""
-    if isinstance(value, Tensor):
-        if value.numel() == 1:
-            return f"{value.item()} (a tensor, {_dtype(value)})"
-        return f"a tensor of shape {tuple(value.shape)}, {_dtype(value)}"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def pair(got, n: int, what: str) -> tuple:
+    """The parts of a tuple or list of n. Raises Mistake with `what` where it is none."""
+    that(isinstance(got, tuple | list) and len(got) == n, f"{what}; got {describe(got)}")
+    return tuple(got)
 
 
-def _tensor_like(got, expected: Tensor, what: str, causes: Causes | None) -> Tensor:
+def number(value, what: str) -> float:
+    """A number that may come as a NumPy scalar or a tensor of one element. Raises Mistake where it is none."""
+    value = plain(value)
+    value = value.item() if isinstance(value, Tensor | np.ndarray) and value.size == 1 else value
+    that(isinstance(value, int | float), f"{what}: expected a number, got {describe(value)}")
+    return float(value)
+
+
+def plain(value):
+    """Numbers as Python has them, tuples for lists: what NumPy scalars, 0-d tensors and lists stand for."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0):
+        return value.item()
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _is(got, expected) -> bool:
+    if isinstance(expected, tuple):
+        return isinstance(got, tuple) and len(got) == len(expected) and all(map(_is, got, expected))
+    if type(got) is bool and type(expected) is not bool:
+        return False
+    return isinstance(got, type(expected) | int | float) and got == expected
+
+
+def _as_tensor(got, expected: Tensor, what: str, causes: Causes | None) -> tuple[Tensor, str]:
+    """got as a tensor of expected's dtype, and what was odd about it: another type or dtype."""
+    odd = ""
     if not isinstance(got, Tensor):
-        raise Mistake(f"{what}: expected a torch.Tensor, got {describe(got)}")
-    if got.shape != expected.shape:
+        try:
+            found = torch.as_tensor(np.asarray(plain(got) if not isinstance(got, np.ndarray) else got))
+        except (TypeError, ValueError, RuntimeError):
+            raise Mistake(f"{what}: expected a torch.Tensor, got {describe(got)}") from None
+        odd, got = f"expected a torch.Tensor, got {_kind(got)}", found
+    got = got.detach().cpu()
+    if got.shape != expected.shape and not got.numel() == expected.numel() == 1:
         shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-        raise Mistake(f"{what}: {shapes}{_likely(got, causes)}")
-    return got.detach().cpu()
+        raise Mistake(f"{what}: {shapes}", _likely(got, causes))
+    if got.dtype != expected.dtype and not odd:
+        odd = f"expected dtype {dtype_name(expected)}, got {dtype_name(got)}"
+    return got.reshape(expected.shape), odd and f"; {odd}"
+
+
+def _kind(value) -> str:
+    name = type(value).__name__
+    return {"ndarray": "a NumPy array", "int": "an int"}.get(name, f"a {name}")
+
+
+def _not_odd(odd: str, what: str) -> None:
+    if odd and STRICT.get():
+        raise Mistake(f"{what}: the values are right{odd}")
+
+
+def _equal(got: Tensor, expected: Tensor) -> Tensor:
+    """Where they are the same number, NaN included, once got is rounded to expected's dtype if both are floats."""
+    if got.is_floating_point() and expected.is_floating_point():
+        got = got.to(expected.dtype)
+    got, expected = got.double(), expected.double()
+    return (got == expected) | (got.isnan() & expected.isnan())
+
+
+def _near(got: Tensor, expected: Tensor, tolerance: float) -> Tensor:
+    """Where got lies within that share of the largest magnitude expected."""
+    got, expected = got.double(), expected.double()
+    largest = expected.abs()[expected.isfinite()].max() if expected.isfinite().any() else 0.0
+    return (got == expected) | ((got - expected).abs() <= tolerance * largest)
 
 
 def _first_difference(got: Tensor, expected: Tensor, wrong: Tensor, what: str) -> str:
@@ -186,39 +224,30 @@ def _first_difference(got: Tensor, expected: Tensor, wrong: Tensor, what: str) -
     return f"{what}{at}: expected {_number(expected[index])}, got {_number(got[index])}{share}"
 
 
-def _likely(got, causes: Causes | None) -> str:
-    for cause, wrong in (causes or {}).items():
-        if _recognised(got, wrong):
-            return f"\nLikely cause: {cause}."
-    return ""
+def _likely(got, causes: Causes | None, tolerance: float = 0.0) -> tuple[str, ...]:
+    """The causes that the result is certain to have; more than one where they give the same."""
+    return tuple(cause for cause, wrong in (causes or {}).items() if _recognised(got, wrong, tolerance))
 
 
-def _recognised(got, wrong) -> bool:
+def _recognised(got, wrong, tolerance: float = 0.0) -> bool:
     """Whether got is what a mistake gives. A recogniser that fails on an odd result has not recognised it."""
     try:
+        if wrong is None:
+            return False
+        if isinstance(wrong, list):
+            return any(_recognised(got, one, tolerance) for one in wrong)
         if callable(wrong):
             return bool(wrong(got))
         if isinstance(wrong, Tensor):
-            return got.shape == wrong.shape and torch.allclose(got.double(), wrong.double(), rtol=1e-5, atol=0)
-        return bool(got == wrong)
+            got = torch.as_tensor(got)
+            if got.shape != wrong.shape:
+                return False
+            return bool((_near(got, wrong, tolerance) if tolerance else _equal(got, wrong)).all())
+        if isinstance(wrong, float) and tolerance:
+            return abs(float(got) - wrong) <= tolerance * abs(wrong)
+        return _is(got, wrong)
     except Exception:
         return False
-
-
-def _line(error: Exception, function: Callable) -> str:
-    """Where in the student's function it happened: the last frame of the traceback in the function's own file."""
-    code = getattr(function, "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    return f"\nIn the line: {own[-1].line}" if own and own[-1].line else ""
-
-
-def _borrowed(name: str, called: str) -> str:
-    return f"`{name}` calls nf4lab (`{called}`). Write it yourself: the package is what it is compared with"
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _number(value: Tensor) -> str:

@@ -1,5 +1,6 @@
 """What the checks of lab 1 (levels) compare, and the mistakes that they name."""
 
+import functools
 import math
 
 import numpy as np
@@ -16,36 +17,48 @@ OTHERS = {  # what a question may stand on
     "nearest": lambda w, levels: torch.bucketize(w, (levels[:-1] + levels[1:]) / 2).to(torch.uint8),
     "nf4": lambda tail=codebooks.TAIL: codebooks.nf4(tail),
 }
+DESCENDING = "they are in descending order"
 
 
-def check_symmetric(f, absmax: float, bits: int) -> None:
-    """Even levels -m..m over m, times absmax."""
-    m = 2 ** (bits - 1) - 1
-    got = feedback.call(f, absmax, bits, others=OTHERS)
-    causes = {
-        f"{2**bits} levels, with -{m + 1} among them: a zero in the middle leaves one code unused": _has(2**bits),
-        f"only one side: the levels run from -absmax to absmax, {2 * m + 1} of them": _has(m + 1),
-        "the levels are not multiplied by absmax": codebooks.symmetric_int(bits),
-        "they are in descending order": _descending,
-        f"the step is absmax/{m + 1}; m is 2**(bits - 1) - 1 = {m}": torch.arange(-m, m + 1) * (absmax / (m + 1)),
-    }
-    feedback.close(got, codebooks.symmetric_int(bits) * absmax, f"symmetric({absmax:g}, {bits})", FLOAT32, causes)
+def check_symmetric(f, *cases: tuple[float, int]) -> None:
+    """Even levels -m..m over m, times absmax. cases: (absmax, bits)."""
+    with feedback.Cases() as compared:
+        for absmax, bits in cases:
+            m = 2 ** (bits - 1) - 1
+            unit, expected = codebooks.symmetric_int(bits), codebooks.symmetric_int(bits) * absmax
+            causes = {
+                "one level too many: with a zero in the middle, one code is left unused": [
+                    torch.arange(-m - 1, m + 1) * (absmax / m),
+                    torch.arange(-m - 1, m + 1) * (absmax / (m + 1)),
+                    torch.linspace(-absmax, absmax, 2**bits),
+                ],
+                "only one side: the levels run from -absmax to absmax": torch.arange(m + 1) * (absmax / m),
+                "the levels are not multiplied by absmax": unit,
+                "these are the numbers -m to m: divide by m and multiply by absmax": torch.arange(-m, m + 1.0),
+                DESCENDING: expected.flip(0),
+                "divided by m + 1; m is 2**(bits - 1) - 1": torch.arange(-m, m + 1) * (absmax / (m + 1)),
+            }
+            got = feedback.call(f, absmax, bits, others=OTHERS)
+            compared.close(got, expected, f"symmetric({absmax:g}, {bits})", FLOAT32, causes)
 
 
-def check_min_max(f, low: float, high: float, n: int) -> None:
-    """n even levels from low to high."""
-    got, i = feedback.call(f, low, high, n, others=OTHERS), torch.arange(n)
-    causes = {
-        f"{n} gaps: {n} levels have {n - 1} gaps between them": low + i * ((high - low) / n),
-        "the levels lie in the middle of n cells: the first is low and the last is high": (
-            low + (i + 0.5) * ((high - low) / n)
-        ),
-        f"{n - 1} levels: n counts the levels, not the gaps": _has(n - 1),
-        f"{n + 1} levels: n counts both ends": _has(n + 1),
-        "they start at 0: add low": i * ((high - low) / (n - 1)),
-        "they are in descending order": _descending,
-    }
-    feedback.close(got, low + (high - low) * codebooks.uniform(n), f"min_max({low:g}, {high:g}, {n})", FLOAT32, causes)
+def check_min_max(f, *cases: tuple[float, float, int]) -> None:
+    """n even levels from low to high. cases: (low, high, n)."""
+    with feedback.Cases() as compared:
+        for low, high, n in cases:
+            i, expected = torch.arange(n), low + (high - low) * codebooks.uniform(n)
+            causes = {
+                "n gaps: n levels have n - 1 gaps between them": low + i * ((high - low) / n),
+                "the levels lie in the middle of n cells: the first is low and the last is high": (
+                    low + (i + 0.5) * ((high - low) / n)
+                ),
+                "one level too few: n counts the levels, not the gaps": torch.linspace(low, high, n - 1),
+                "one level too many: n counts both ends": torch.linspace(low, high, n + 1),
+                "they start at 0: add low": i * ((high - low) / (n - 1)),
+                DESCENDING: expected.flip(0),
+            }
+            got = feedback.call(f, low, high, n, others=OTHERS)
+            compared.close(got, expected, f"min_max({low:g}, {high:g}, {n})", FLOAT32, causes)
 
 
 def dyadic(n: int, generator: torch.Generator) -> Tensor:
@@ -61,92 +74,104 @@ def dyadic_levels(generator: torch.Generator) -> Tensor:
 
 def check_nearest(f, w: Tensor, levels: Tensor) -> None:
     """The code of the nearest level; a weight half-way takes the lower code."""
-    boundaries = (levels[:-1] + levels[1:]) / 2
+    boundaries, last = (levels[:-1] + levels[1:]) / 2, len(levels) - 1
     expected = torch.bucketize(w, boundaries).to(torch.uint8)
-    got = feedback.call(f, w, levels, others=OTHERS)
+    even = (w - levels[0]) / (levels[-1] - levels[0]) * last
     causes = {
         "these are the levels themselves; asked for are their codes": levels[expected.int()],
         "a tie went the wrong way: a weight half-way between two levels takes the lower code": (
             torch.bucketize(w, boundaries, right=True)
         ),
-        "the level below was taken, not the nearest": _clamped(torch.bucketize(w, levels, right=True) - 1),
-        "the level above was taken, not the nearest": _clamped(torch.bucketize(w, levels)),
+        "the level below was taken, not the nearest": (torch.bucketize(w, levels, right=True) - 1).clamp(0, last),
+        "the level above was taken, not the nearest": torch.bucketize(w, levels).clamp(0, last),
         "codes count from 0, not from 1": expected.int() + 1,
-        "this is the rounding of even levels; these levels are not even": (
-            torch.round((w - levels[0]) / (levels[-1] - levels[0]) * 15).clamp(0, 15)
-        ),
+        "this is the rounding of even levels; these levels are not even": even.round().clamp(0, last),
     }
-    feedback.same(got, expected, "codes", causes)
+    feedback.same(feedback.call(f, w, levels, others=OTHERS), expected, "codes", causes)
 
 
-def check_equal_shares(f, n: int) -> None:
+def check_equal_shares(f, *sizes: int) -> None:
     """The normal quantiles at (i + 0.5)/n."""
-    got, i = feedback.call(f, n, others=OTHERS), np.arange(n)
-    expected = codebooks.quantile_midpoints(n)
-    causes = {
-        "the quantile of 0 or of 1 is infinite: take the middle of each slice, (i + 1/2)/n": (
-            lambda x: x.isinf().any()
-        ),
-        "the slices are not equal: their middles are at (i + 1/2)/n, not at (i + 1)/(n + 1)": (
-            _float(norm.ppf((i + 1) / (n + 1)))
-        ),
-        "these are probabilities, or the distribution function: `norm.ppf` is its inverse": (
-            lambda x: (x > 0).all() and (x < 1).all()
-        ),
-        "divided by the largest: here the levels stay in standard deviations": expected / expected.max(),
-        "they are in descending order": _descending,
-    }
-    feedback.close(got, expected, f"equal_shares({n})", FLOAT32, causes)
+    with feedback.Cases() as compared:
+        for n in sizes:
+            i, expected = np.arange(n), codebooks.quantile_midpoints(n)
+            causes = {
+                "the quantile of 0 or of 1 is infinite: take the middle of each slice, (i + 1/2)/n": [
+                    _float(norm.ppf(p)) for p in (np.linspace(0, 1, n), i / n, (i + 1) / n)
+                ],
+                "the slices are not equal: their middles are at (i + 1/2)/n, not at (i + 1)/(n + 1)": (
+                    _float(norm.ppf((i + 1) / (n + 1)))
+                ),
+                "these are the probabilities: `norm.ppf` gives their quantiles": _float((i + 0.5) / n),
+                "this is the distribution function: `norm.ppf` is its inverse": _float(norm.cdf((i + 0.5) / n)),
+                "divided by the largest: here the levels stay in standard deviations": expected / expected.max(),
+                DESCENDING: expected.flip(0),
+            }
+            got = feedback.call(f, n, others=OTHERS)
+            compared.close(got, expected, f"equal_shares({n})", FLOAT32, causes)
 
 
-def check_normal_float(f, tail: float) -> None:
+def check_normal_float(f, *tails: float) -> None:
     """Eight quantiles above zero, seven below, zero between them, over the largest."""
-    got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
-    feedback.close(got, expected, f"normal_float({tail:.7g})", FLOAT32, _normal_float_causes(tail, expected))
+    with feedback.Cases() as compared:
+        for tail in tails:
+            got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
+            causes = _normal_float_causes(tail, expected)
+            compared.close(got, expected, f"normal_float({tail:.7g})", FLOAT32, causes)
 
 
 def _normal_float_causes(tail: float, expected: Tensor) -> dict:
-    upper, lower = (norm.ppf(np.linspace(tail, 0.5, k)[:-1]) for k in (9, 8))
+    upper, lower = (norm.ppf(np.linspace(tail, 0.5, k)) for k in (9, 8))  # with the 0 at their ends
     even = norm.ppf(np.linspace(1 - tail, tail, 16))
+    levels = _joined(upper[:-1], lower[:-1])
+    twice = [_joined(a, b, zero=()) for a, b in ((upper, lower), (lower, lower))]
     return {
         "eight levels below zero and seven above: NF4 has it the other way round": -expected.flip(0),
-        "there is no zero: each side ends at 0.5, whose quantile is 0, and zero is written once": _float(
-            even / even[-1]
-        ),
-        "not divided by the largest": _float(np.concatenate([-lower, [0.0], upper[::-1]])),
-        "zero is there twice: leave the point 0.5 out on both sides": (
-            lambda x: x.numel() > 15 and (x == 0).sum() >= 2
-        ),
+        "there is no zero: each side ends at 0.5, whose quantile is 0, and zero is written once": [
+            _float(even / even[-1]), _joined(upper[:-1], lower[:-1], zero=()), _joined(upper[:-1], upper[:-1], zero=()),
+        ],
+        "not divided by the largest": levels * upper[0],
+        "zero is there twice: leave the point 0.5 out on both sides": twice,
         "evenly spaced between 0 and the end: even are the probabilities, not the quantiles": (
             _float(np.concatenate([np.linspace(-1, 0, 8), np.linspace(0, 1, 9)[1:]]))
         ),
-        "each side was divided by its own largest, or `tail` was used on one side only": (
-            lambda x: x.numel() == 16 and x[0] != -1 and x[15] == 1
+        "the points are spread from `tail` to 0.5 without its end, so the steps are too short": (
+            _joined(*(norm.ppf(np.linspace(tail, 0.5, k)) for k in (8, 7)))
         ),
-        "they are in descending order": _descending,
-        "`tail` is not used: these are the levels of another tail": lambda x: torch.allclose(
-            x.float(), codebooks.nf4()
-        ),
-    }
+        DESCENDING: expected.flip(0),
+        "`tail` is not used: these are the levels of another tail": codebooks.nf4(),
+    }  # fmt: skip
 
 
-def check_nf4(f, tail: float) -> None:
-    """NF4's levels for this tail, to the bit."""
-    upper, lower = (torch.linspace(tail, 0.5, k)[:-1].double().numpy() for k in (9, 8))
-    late = np.concatenate([-norm.ppf(lower), [0.0], norm.ppf(upper)[::-1]]) / norm.ppf(upper[0])
-    got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
-    causes = {
-        "rounded to float32 after the division: round the quantiles first": _exactly(_float(late)),
-        "NumPy's float32 `linspace`: its points are not torch's": _exactly(_by_numpy(tail, np.float32)),
-        "the probabilities are in float64: they were float32, made by `torch.linspace`": _exactly(
-            _by_numpy(tail, float)
-        ),
-        "all of it is in float64: three roundings to float32 belong to the table": _exactly(_all_in_float64(tail)),
-        "`tail` is not used: this is the table itself": _exactly(codebooks.nf4()),
-        "`tail` was replaced by the exact fraction (31/32 + 29/30)/2": _exactly(codebooks.nf4((31 / 32 + 29 / 30) / 2)),
-        **_normal_float_causes(tail, expected),
-    }
-    feedback.same(got, expected, f"nf4({tail:.7g})", causes)
+def _joined(upper: np.ndarray, lower: np.ndarray, zero=(0.0,)) -> Tensor:
+    """Levels of two sides whose quantiles descend, over the largest: float32."""
+    return _float(np.concatenate([-lower, zero, upper[::-1]]) / upper[0])
+
+
+def check_nf4(f, *tails: float) -> None:
+    """NF4's levels for each tail, to the bit."""
+    with feedback.Cases() as compared:
+        for tail in tails:
+            upper, lower = (torch.linspace(tail, 0.5, k)[:-1].double().numpy() for k in (9, 8))
+            late = np.concatenate([-norm.ppf(lower), [0.0], norm.ppf(upper)[::-1]]) / norm.ppf(upper[0])
+            got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
+            causes = {
+                "rounded to float32 after the division: round the quantiles first": _float(late),
+                "NumPy's float32 `linspace`: its points are not torch's": _by_numpy(tail, np.float32),
+                "the probabilities are in float64: they were float32, made by `torch.linspace`": _by_numpy(tail, float),
+                "all of it is in float64: three roundings to float32 belong to the table": _all_in_float64(tail),
+                "`tail` was replaced by the exact fraction (31/32 + 29/30)/2": codebooks.nf4((31 / 32 + 29 / 30) / 2),
+            }
+            causes |= {text: _about(wrong) for text, wrong in _normal_float_causes(tail, expected).items()}
+            compared.same(got, expected, f"nf4({tail:.7g})", causes)
+
+
+def _about(wrong):
+    """A recogniser of these levels, up to float32's rounding: a gross mistake comes with its own roundings."""
+    return lambda got: any(
+        got.shape == one.shape and torch.allclose(got.float(), one.float(), rtol=0, atol=FLOAT32)
+        for one in (wrong if isinstance(wrong, list) else [wrong])
+    )
 
 
 def _by_numpy(tail: float, dtype) -> Tensor:
@@ -155,63 +180,74 @@ def _by_numpy(tail: float, dtype) -> Tensor:
 
 
 def _all_in_float64(tail: float) -> Tensor:
-    upper, lower = (norm.ppf(np.linspace(tail, 0.5, k)[:-1]) for k in (9, 8))
-    return _float(np.concatenate([-lower, [0.0], upper[::-1]]) / upper[0])
+    return _joined(*(norm.ppf(np.linspace(tail, 0.5, k)[:-1]) for k in (9, 8)))
 
 
-def two_kinds(n_blocks: int, generator: torch.Generator) -> Tensor:
-    """Blocks of 64 whose best tail depends on what is averaged: float32 (n_blocks * 64,).
+TAILS = (0.8, 0.92, 0.9677083, 0.995)
 
-    Every fourth block is large and normal; the others are a hundred times smaller and have a few far larger weights.
+
+@functools.cache
+def two_kinds(seed: int) -> tuple[Tensor, Tensor]:
+    """Two times 48 blocks of 64 whose best tails differ, and from what each mistake takes for them: float32 (3072,).
+
+    Some blocks are large, with their largest magnitude negative; the others are a hundred times smaller and have a few
+    far larger weights. How many, and how much larger, is drawn until that is so.
     """
-    blocks = torch.randn(n_blocks, 64, generator=generator)
-    heavy = torch.arange(n_blocks) % 4 != 0
-    blocks[heavy] = blocks[heavy].sign() * blocks[heavy].abs() ** 3 / 100
-    return blocks.reshape(-1)
+    generator, found = torch.Generator().manual_seed(seed), {}
+    while len(found) < 2:
+        share, power, bent, large = torch.rand(4, generator=generator).tolist()
+        blocks = torch.randn(48, 64, generator=generator)
+        heavy = torch.arange(48) % 12 >= 1 + int(6 * large)
+        blocks[heavy] = blocks[heavy].sign() * blocks[heavy].abs() ** (2 + 2 * power) / 100
+        drawn = blocks[~heavy].sign() * blocks[~heavy].abs() ** (0.3 + 1.5 * bent)
+        blocks[~heavy] = drawn.where(drawn < 0, drawn * share)
+        right, wrong = _best_tails(blocks.reshape(-1), TAILS)
+        if right not in wrong.values():
+            found.setdefault(right, blocks.reshape(-1))
+    return tuple(found.values())
 
 
-def check_best_tail(f, w: Tensor, tails: list[float]) -> None:
+def check_best_tail(f, tails: tuple[float, ...], *weights: Tensor) -> None:
     """The tail whose levels have the least squared error on w, in blocks of 64."""
-    errors = {tail: _errors(w, codebooks.nf4(tail)) for tail in tails}
-    whole = {tail: _errors(w, codebooks.nf4(tail), len(w))[0] for tail in tails}
-    expected = min(tails, key=lambda tail: errors[tail][0])
-    got = feedback.call(f, w, tails, others=OTHERS)
-    got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
-    causes = {
+    with feedback.Cases() as compared:
+        for w in weights:
+            expected, wrong = _best_tails(w, tails)
+            got = feedback.plain(feedback.call(f, w, list(tails), others=OTHERS))
+            causes = wrong | {"this is a position in the list: asked for is the tail itself": tails.index(expected)}
+            compared.same(got, expected, "best_tail", causes)
+
+
+def _best_tails(w: Tensor, tails) -> tuple[float, dict[str, float]]:
+    """The best tail, and what the likely mistakes take for it."""
+    blocks = w.reshape(-1, 64)
+    absmax, whole = blocks.abs().amax(dim=1, keepdim=True), w.abs().max()
+    least = lambda measure: min(tails, key=lambda tail: measure(codebooks.nf4(tail)))  # noqa: E731
+    return least(lambda levels: _mean_square(blocks, absmax, levels, absmax)), {
         "the error was taken of the normalised weights: multiply back by each block's absmax first": (
-            min(tails, key=lambda tail: errors[tail][1])
+            least(lambda levels: _mean_square(blocks, absmax, levels, torch.ones(1)))
         ),
-        "one absmax for all of w: each block of 64 has its own": min(tails, key=lambda tail: whole[tail]),
-        "the mean of the magnitudes was compared, not of the squares": min(tails, key=lambda tail: errors[tail][2]),
-        "this is the tail with the largest error": max(tails, key=lambda tail: errors[tail][0]),
-        "this is a position in the list, or an error: asked for is the tail itself": lambda x: x not in tails,
+        "one absmax for all of w: each block of 64 has its own": (
+            least(lambda levels: _mean_square(blocks, whole, levels, whole))
+        ),
+        "the mean of the magnitudes was compared, not of the squares": (
+            least(lambda levels: (_error(blocks, absmax, levels) * absmax).abs().mean().item())
+        ),
+        "the largest value of a block was taken, not the largest magnitude": (
+            least(lambda levels: _mean_square(blocks, blocks.amax(dim=1, keepdim=True), levels))
+        ),
+        "this is the tail with the largest error": (
+            least(lambda levels: -_mean_square(blocks, absmax, levels, absmax))
+        ),
     }
-    feedback.same(got, expected, "best_tail", causes)
 
 
-def _errors(w: Tensor, levels: Tensor, block_size: int = 64) -> tuple[float, float, float]:
-    """Mean squared error, the same of the normalised weights, and mean absolute error."""
-    blocks = w.reshape(-1, block_size)
-    absmax = blocks.abs().amax(dim=1, keepdim=True)
-    normalized = blocks / absmax
-    e = (levels[torch.bucketize(normalized, (levels[:-1] + levels[1:]) / 2)] - normalized).double()
-    return (e * absmax).square().mean().item(), e.square().mean().item(), (e * absmax).abs().mean().item()
+def _error(blocks: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    s = blocks / scale
+    return (levels[torch.bucketize(s, (levels[:-1] + levels[1:]) / 2)] - s).double()
 
 
-def _has(n: int):
-    return lambda x: x.numel() == n
-
-
-def _descending(x: Tensor) -> bool:
-    return x.numel() > 1 and bool((x.diff() < 0).all())
-
-
-def _clamped(codes: Tensor) -> Tensor:
-    return codes.clamp(0, 15)
-
-
-def _exactly(levels: Tensor):
-    return lambda x: torch.equal(x, levels)
+def _mean_square(blocks: Tensor, scale: Tensor, levels: Tensor, back: Tensor | None = None) -> float:
+    return (_error(blocks, scale, levels) * (scale if back is None else back)).square().mean().item()
 
 
 def _float(values: np.ndarray) -> Tensor:

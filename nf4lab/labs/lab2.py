@@ -1,5 +1,7 @@
 """What the checks of lab 2 (blocks) compare, and the mistakes that they name."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,8 @@ from nf4lab.models import minilm_matrices
 LEVELS = nf4lab.codebooks.nf4()
 BOUNDARIES = (LEVELS[:-1] + LEVELS[1:]) / 2
 SIZES = nf4lab.BLOCK_SIZES
+LARGEST = "the largest error of a weight was compared: the mean of the squares counts"
+MAGNITUDES = "the mean of the magnitudes was compared, not of the squares"
 
 
 def blocks_of(w: Tensor, block_size: int) -> Tensor:
@@ -21,8 +25,12 @@ def blocks_of(w: Tensor, block_size: int) -> Tensor:
 
 
 def _encode(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    q = nf4lab.quantize(w, "nf4", block_size)
-    return q.codes, q.absmax
+    """Codes and absmax, as the package has them (a test says so); faster than its readable reference."""
+    blocks = blocks_of(w, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    reciprocal = torch.where(absmax > 0, 1 / absmax, 0)
+    codes = torch.bucketize(blocks * reciprocal[:, None], BOUNDARIES)
+    return codes.to(torch.uint8).reshape(-1)[: w.numel()], absmax
 
 
 def _decode(packed: Tensor, absmax: Tensor, n: int, block_size: int) -> Tensor:
@@ -50,8 +58,11 @@ def check_absmax(f, w: Tensor, block_size: int) -> None:
     blocks = blocks_of(w, block_size)
     expected = blocks.abs().amax(dim=1)
     got = feedback.call(f, w, block_size, others=OTHERS)
+    flat = w.float().reshape(-1)
     causes = {
-        "this is the largest value, not the largest magnitude": blocks.amax(dim=1),
+        "this is the largest value, not the largest magnitude": [
+            blocks.amax(dim=1), torch.stack([block.max() for block in flat.split(block_size)])
+        ],
         "absmax over the wrong axis: one for each position in a block, not for each block": blocks.abs().amax(dim=0),
         "one absmax for each row of the matrix: blocks run on from row to row": _when(w, lambda: w.abs().amax(dim=1)),
         "one absmax for each column of the matrix: blocks run along the rows": _when(w, lambda: w.abs().amax(dim=0)),
@@ -59,8 +70,10 @@ def check_absmax(f, w: Tensor, block_size: int) -> None:
             blocks_of(w.T, block_size).abs().amax(dim=1) if w.dim() == 2 else None
         ),
         "the last block, shorter than the others, is missing": expected[:-1],
-        "one absmax for the whole tensor": lambda x: x.numel() == 1 < expected.numel(),
-    }
+        "one absmax for the whole tensor": [
+            w.abs().max(), w.abs().max().reshape(1), w.abs().max().expand(len(expected))
+        ],
+    }  # fmt: skip
     feedback.same(got, expected, f"block_absmax of {tuple(w.shape)} in blocks of {block_size}", causes)
 
 
@@ -76,22 +89,20 @@ def beside_boundaries(n_blocks: int, generator: torch.Generator) -> Tensor:
 
 def check_encode(f, w: Tensor, block_size: int) -> None:
     """Codes and absmax, as the package and bitsandbytes have them."""
-    q = nf4lab.quantize(w, "nf4", block_size)
+    expected = _encode(w, block_size)
     got = feedback.call(f, w, block_size, others=OTHERS)
-    feedback.that(
-        isinstance(got, tuple) and len(got) == 2,
-        f"encode: expected two tensors, codes and absmax; got {feedback.describe(got)}",
-    )
-    feedback.same(got[1], q.absmax, "absmax")
-    feedback.same(got[0], q.codes, "codes", _encode_causes(w, q, block_size))
+    codes, absmax = feedback.pair(got, 2, "encode: expected two tensors, codes and absmax")
+    feedback.same(absmax, expected[1], "absmax", {"codes and absmax have changed places": expected[0]})
+    feedback.same(codes, expected[0], "codes", _encode_causes(w, *expected, block_size))
 
 
-def _encode_causes(w: Tensor, q, block_size: int) -> dict:
+def _encode_causes(w: Tensor, codes: Tensor, absmax: Tensor, block_size: int) -> dict:
     blocks, n = blocks_of(w, block_size), w.numel()
-    reciprocal = torch.where(q.absmax > 0, 1 / q.absmax, 0)[:, None]
-    normalized, divided = blocks * reciprocal, (blocks / q.absmax[:, None]).nan_to_num(nan=0.0)
+    padded = F.pad(codes, (0, blocks.numel() - n), value=7)
+    reciprocal = torch.where(absmax > 0, 1 / absmax, 0)[:, None]
+    normalized, divided = blocks * reciprocal, (blocks / absmax[:, None]).nan_to_num(nan=0.0)
     whole = blocks / blocks.abs().max()
-    not_a_number = torch.bucketize(normalized, BOUNDARIES).where(q.absmax[:, None] > 0, torch.tensor(0))
+    lost = [torch.bucketize(normalized, BOUNDARIES).where(absmax[:, None] > 0, torch.tensor(code)) for code in (0, 15)]
     return {
         "divided by the absmax: the format multiplies by its reciprocal, which rounds differently": (
             torch.bucketize(divided, BOUNDARIES).reshape(-1)[:n]
@@ -100,15 +111,15 @@ def _encode_causes(w: Tensor, q, block_size: int) -> dict:
             torch.bucketize(normalized, BOUNDARIES, right=True).reshape(-1)[:n]
         ),
         "in a block of zeros, 0 times infinity is not a number: its codes are 7, the code of 0": (
-            not_a_number.reshape(-1)[:n]
+            [found.reshape(-1)[:n] for found in lost]
         ),
         "one absmax for the whole tensor: each block has its own": torch.bucketize(whole, BOUNDARIES).reshape(-1)[:n],
         "the weights are not divided by their absmax": torch.bucketize(blocks, BOUNDARIES).reshape(-1)[:n],
-        "the codes of the zeros that fill the last block are still there: cut them off": (
-            lambda x: x.numel() == blocks.numel() > n
-        ),
-        "the codes are still in blocks: make them one-dimensional": lambda x: x.dim() != 1,
-    }
+        "the codes of the zeros that fill the last block are still there: cut them off": padded,
+        "the codes are still in blocks: make them one-dimensional": [
+            codes.reshape(w.shape), padded.reshape(blocks.shape)
+        ],
+    }  # fmt: skip
 
 
 def check_pack(f, codes: Tensor) -> None:
@@ -122,7 +133,7 @@ def check_pack(f, codes: Tensor) -> None:
         "the first half was packed with the second: neighbours share a byte": half[0] << 4 | half[1],
         "an odd length is filled with 7, the code of zero, not with 0": pack(codes, pad=0),
         "an odd length lost its last code": pack(codes[: len(codes) // 2 * 2]),
-        "one code a byte: nothing is packed yet": lambda x: x.numel() == codes.numel() > 1,
+        "one code a byte: nothing is packed yet": codes,
         "added without a shift: the high code moves up by four bits": even[0::2] + even[1::2],
     }
     feedback.same(feedback.call(f, codes, others=OTHERS), pack(codes, pad=7), "packed", causes)
@@ -134,7 +145,7 @@ def check_unpack(f, packed: Tensor, n: int) -> None:
     causes = {
         "the nibbles are swapped: the high four bits come first": torch.stack([low, high], dim=1).reshape(-1)[:n],
         "all high nibbles come before all low ones: they alternate": torch.cat([high, low])[:n],
-        "one code too many: the last byte may hold only one, cut to n": lambda x: x.numel() == 2 * packed.numel() > n,
+        "one code too many: the last byte may hold only one, cut to n": unpack(packed, 2 * packed.numel()),
         "the high nibble is not shifted down": torch.stack([packed & 240, low], dim=1).reshape(-1)[:n],
     }
     feedback.same(feedback.call(f, packed, n, others=OTHERS), unpack(packed, n), "codes", causes)
@@ -142,40 +153,47 @@ def check_unpack(f, packed: Tensor, n: int) -> None:
 
 def check_decode(f, w: Tensor, block_size: int) -> None:
     """The weights that packed codes and absmax stand for."""
-    q = nf4lab.quantize(w, "nf4", block_size)
-    n, values = w.numel(), LEVELS[q.codes.int()]
-    swapped = torch.stack([q.packed & 15, q.packed >> 4], dim=1).reshape(-1)[:n]
-    scale = q.absmax.repeat_interleave(block_size)[:n]
-    tiled = q.absmax.repeat(block_size)[:n]
+    codes, absmax = _encode(w, block_size)
+    n, values, packed = w.numel(), LEVELS[codes.int()], pack(codes, pad=7)
+    swapped = torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:n]
+    scale = absmax.repeat_interleave(block_size)[:n]
+    tiled = absmax.repeat(block_size)[:n]
     causes = {
         "the nibbles are swapped": LEVELS[swapped.int()] * scale,
         "the absmax are in the wrong order: repeat each for its block (`repeat_interleave`), not all in turn": (
             values * tiled
         ),
         "not multiplied by the absmax": values,
-        "these are the codes: look the levels up": q.codes,
-        "the last block is shorter: cut to n": lambda x: x.numel() > n,
+        "these are the codes: look the levels up": codes,
+        "the absmax of the block before or after was taken": [
+            values * scale.roll(k) for k in (block_size, -block_size)
+        ],
     }
-    got = feedback.call(f, q.packed, q.absmax, n, block_size, others=OTHERS)
-    feedback.same(got, q.dequantize(torch.float32).reshape(-1), "weights", causes)
+    got = feedback.call(f, packed, absmax, n, block_size, others=OTHERS)
+    feedback.same(got, values * scale, "weights", causes)
 
 
-def check_bits(f, n: int, block_size: int) -> None:
-    """Bits a weight, exactly."""
-    causes = {
-        "the last block is shorter, but its absmax takes 4 bytes like any other: round up": (
-            8 * ((n + 1) // 2 + 4 * (n // block_size)) / n
-        ),
-        "an odd number of codes takes a whole byte more": 8 * (n // 2 + 4 * -(-n // block_size)) / n,
-        "4 + 32/block size is right only where the blocks come out even": 4 + 32 / block_size,
-        "an absmax is a float32: 32 bits, not 16": 8 * ((n + 1) // 2 + 2 * -(-n // block_size)) / n,
-        "these are bytes: a byte has 8 bits": bits(n, block_size) / 8,
-        "this is the total: divide by the number of weights": bits(n, block_size) * n,
-        "the constants are not counted": 4.0,
-    }
-    got = feedback.call(f, n, block_size, others=OTHERS)
-    # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
-    feedback.close(got, bits(n, block_size), f"bits_per_weight({n}, {block_size})", 1e-9, causes)
+def check_bits(f, *cases: tuple[int, int]) -> None:
+    """Bits a weight, exactly. cases: (n, block_size)."""
+    with feedback.Cases() as compared:
+        for n, block_size in cases:
+            n_blocks = -(-n // block_size)
+            causes = {
+                "the last block is shorter, but its absmax takes 4 bytes like any other: round up": (
+                    8 * ((n + 1) // 2 + 4 * (n // block_size)) / n
+                ),
+                "an odd number of codes takes a whole byte more": 8 * (n // 2 + 4 * n_blocks) / n,
+                "bytes are whole: an odd number of codes fills half of its last one": (4 * n + 32 * n_blocks) / n,
+                "4 + 32/block size is right only where the blocks come out even": 4 + 32 / block_size,
+                "an absmax is a float32: 32 bits, not 16": 8 * ((n + 1) // 2 + 2 * n_blocks) / n,
+                "these are bytes: a byte has 8 bits": bits(n, block_size) / 8,
+                "this is the total: divide by the number of weights": bits(n, block_size) * n,
+                "the constants are not counted": [4.0, 8 * ((n + 1) // 2) / n],
+                "two codes share a byte": 8 * (n + 4 * n_blocks) / n,
+            }
+            got = feedback.call(f, n, block_size, others=OTHERS)
+            # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
+            compared.close(got, bits(n, block_size), f"bits_per_weight({n}, {block_size})", 1e-9, causes)
 
 
 def pick(generator: torch.Generator) -> Tensor:
@@ -194,25 +212,58 @@ def even_in_blocks_of(block_size: int, generator: torch.Generator) -> Tensor:
     return (LEVELS[codes] * absmax).reshape(-1)
 
 
-def check_best_block_size(f, w: Tensor, budget: float) -> None:
-    """The block size of least error that the budget allows."""
+@functools.cache
+def three_kinds(seed: int, budget: float = 4.75) -> Tensor:
+    """Weights whose block size of least squared error is not that of least largest, or mean, error: float32 (n,).
+
+    Most are small and would have blocks of 64, some are large and would have 128, and a few are larger and would have
+    256. Drawn until the squares, the magnitudes and the largest error disagree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        kinds = ((64, 1 / 8, 64), (128, 1, 2), (256, 1.6, 1))
+        parts = [even_in_blocks_of(B, generator).reshape(-1, B)[:n] * scale for B, scale, n in kinds]
+        w = torch.cat([part.reshape(-1) for part in parts])
+        best, wrong = _best_sizes(w, budget)
+        if best not in (wrong[LARGEST], wrong[MAGNITUDES]):
+            return w
+
+
+def check_best_block_size(f, *cases: tuple[Tensor, float]) -> None:
+    """The block size of least error that the budget allows. cases: (w, budget)."""
+    with feedback.Cases() as compared:
+        for w, budget in cases:
+            expected, wrong = _best_sizes(w, budget)
+            got = feedback.call(f, w, budget, others=OTHERS)
+            compared.same(got, expected, f"best_block_size within {budget:.6f} bits", wrong)
+
+
+def _off(w: Tensor, block_size: int) -> Tensor:
+    """The error of each weight in blocks of this size: float32 (n,)."""
+    codes, absmax = _encode(w, block_size)
+    return LEVELS[codes.int()] * absmax.repeat_interleave(block_size)[: w.numel()] - w.reshape(-1)
+
+
+def _best_sizes(w: Tensor, budget: float) -> tuple[int, dict[str, int | float]]:
+    """The best block size, and what the likely mistakes take for it."""
     n = w.numel()
-    error = {B: nf4lab.mse(w, nf4lab.quantize(w, "nf4", B).dequantize()) for B in SIZES}
+    off = {B: _off(w, B).double() for B in SIZES}
+    error = {B: off[B].square().mean().item() for B in SIZES}
     fits = [B for B in SIZES if bits(n, B) <= budget]
-    expected = min(fits, key=error.get)
-    strictly = [B for B in fits if bits(n, B) < budget]
+    strictly = [B for B in fits if bits(n, B) < budget] or fits
     by_formula = [B for B in SIZES if budget >= 4 + 32 / B]
-    got = feedback.call(f, w, budget, others=OTHERS)
-    causes = {
-        "this block size takes more bits than the budget": lambda x: (
-            x in SIZES and x not in fits and x not in by_formula
-        ),
-        "a block size that takes just the budget is allowed": min(strictly, key=error.get) if strictly else None,
+    best = min(fits, key=error.get)
+    return best, {
+        "this block size takes more bits than the budget": min(SIZES, key=error.get),
+        "a block size that takes just the budget is allowed": min(strictly, key=error.get),
         "count the bits as they are: 4 + 32/block size is right only where the blocks come out even": (
             min(by_formula, key=error.get)
         ),
         "the smallest that fits need not have the least error: measure": min(fits),
+        LARGEST: (
+            min(fits, key=lambda B: off[B].abs().max().item())
+        ),
+        MAGNITUDES: min(fits, key=lambda B: off[B].abs().mean().item()),
         "this is the block size with the largest error": max(fits, key=error.get),
-        "this is the least error: asked for is the block size": lambda x: isinstance(x, float) and x < 1,
-    }
-    feedback.same(got, expected, f"best_block_size within {budget:.6f} bits", causes)
+        "this is the least error: asked for is the block size": error[best],
+    }  # fmt: skip

@@ -1,5 +1,7 @@
 """What the checks of lab 3 (constants) compare, and the mistakes that they name."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,19 +110,20 @@ def check_quantize_constants(f, absmax: Tensor, bits: int, group_size: int) -> N
     """Offset, absmax of the groups, codes."""
     scaled, group_absmax, offset = _scaled(absmax, bits, group_size)
     got = feedback.call(f, absmax, bits, group_size, others=OTHERS)
-    feedback.that(
-        isinstance(got, tuple) and len(got) == 3,
-        f"quantize_constants: expected codes, group absmax and offset; got {feedback.describe(got)}",
-    )
+    codes, got_absmax, got_offset = feedback.pair(got, 3, "quantize_constants: expected codes, group absmax and offset")
     centred = absmax - offset
-    feedback.close(got[2] if isinstance(got[2], Tensor) else torch.tensor(got[2]), offset, "offset", FLOAT32, {
-        "one offset for each group: there is one for all constants": lambda x: x.numel() > 1,
+    groups = [absmax[i : i + group_size] for i in range(0, len(absmax), group_size)]
+    got_offset = got_offset if isinstance(got_offset, Tensor) else torch.tensor(feedback.number(got_offset, "offset"))
+    feedback.close(got_offset, offset, "offset", FLOAT32, {
+        "one offset for each group: there is one for all constants": [
+            torch.stack([group.mean() for group in groups]), groups_of(absmax, group_size).mean(dim=1)
+        ],
         "the middle between the least and the greatest: the offset is the mean": (absmax.min() + absmax.max()) / 2,
         "no offset: take the mean off first": torch.tensor(0.0),
         "the zeros that fill the last group are no constants": groups_of(absmax, group_size).mean(),
         "the median: the offset is the mean": absmax.median(),
     })  # fmt: skip
-    feedback.close(got[1], group_absmax, "group_absmax", FLOAT32, {
+    feedback.close(got_absmax, group_absmax, "group_absmax", FLOAT32, {
         "the offset is not taken off": groups_of(absmax, group_size).amax(dim=1),
         "the largest value, not the largest magnitude": groups_of(centred, group_size).amax(dim=1),
         "absmax over the wrong axis: one for each group": groups_of(centred, group_size).abs().amax(dim=0),
@@ -129,7 +132,7 @@ def check_quantize_constants(f, absmax: Tensor, bits: int, group_size: int) -> N
         ),
         "the last group, shorter than the others, is missing": group_absmax[:-1],
     })  # fmt: skip
-    check_constant_codes(got[0], scaled, bits)
+    check_constant_codes(codes, scaled, bits)
 
 
 def check_constant_codes(got, scaled: Tensor, bits: int) -> None:
@@ -137,20 +140,26 @@ def check_constant_codes(got, scaled: Tensor, bits: int) -> None:
     m = top(bits)
     expected = (scaled.round() + m).to(torch.uint8)
     causes = {
-        f"the codes are signed: add {m}, so that they count from 0": lambda x: (x.double() < 0).any(),
-        f"{m + 1} steps on a side: {2 * m + 1} codes have {m} on either side of zero": (
-            (scaled * (m + 1) / m).round() + m + 1
-        ),
-        f"{m + 1} was added, not {m}": expected.int() + 1,
+        "the codes are signed: add M, so that they count from 0": _signed(scaled),
+        "M is 2**(bits - 1) - 1: here there is one step too many on a side": [
+            wide + shift for shift in (m, m + 1) for wide in ((scaled * (m + 1) / m).round(),)
+        ],
+        "M + 1 was added, not M": expected.int() + 1,
         "rounded down, not to the nearest": scaled.floor() + m,
         "rounded towards zero, not to the nearest": scaled.trunc() + m,
-        "the codes of the zeros that fill the last group are still there": lambda x: x.numel() > len(scaled),
+        "the codes are not rounded": scaled + m,
     }
-    if isinstance(got, Tensor) and got.shape == expected.shape and got.dtype == torch.uint8:
+    if isinstance(got, Tensor) and got.shape == expected.shape:
         near = (scaled - scaled.floor() - 0.5).abs() < 1e-3
         either = near & ((got.float() - m - scaled).abs() < 0.51)
-        expected = got.where(either, expected)
+        expected = got.to(torch.uint8).where(either, expected)
     feedback.same(got, expected, "codes", causes)
+
+
+def _signed(scaled: Tensor):
+    """A recogniser of the rounded codes before M is added, as a signed or an unsigned dtype keeps them."""
+    signed = scaled.round()
+    return lambda got: bool(((got.double() - signed.double()).remainder(256) == 0).all()) and got.shape == signed.shape
 
 
 def check_dequantize_constants(f, absmax: Tensor, bits: int, group_size: int) -> None:
@@ -160,65 +169,75 @@ def check_dequantize_constants(f, absmax: Tensor, bits: int, group_size: int) ->
     scale, signed = group_absmax.repeat_interleave(group_size)[: len(codes)], codes.float() - m
     causes = {
         "the offset is not added": expected - offset,
-        f"the codes count from 0: take {m} off first": codes / m * scale + offset,
-        f"uint8 has no negative numbers: {m} taken off a code below it wraps around; convert to float first": (
+        "the codes count from 0: take M off first": codes / m * scale + offset,
+        "uint8 has no negative numbers: M taken off a smaller code wraps around; convert to float first": (
             (codes - m).float() / m * scale + offset
         ),
         "the groups' absmax are in the wrong order: repeat each for its group": (
             signed / m * group_absmax.repeat(group_size)[: len(codes)] + offset
         ),
-        f"divided by {m + 1}, not by {m}": signed / (m + 1) * scale + offset,
-        f"not divided by {m}": signed * scale + offset,
+        "divided by M + 1, not by M": signed / (m + 1) * scale + offset,
+        "not divided by M": signed * scale + offset,
         "not multiplied by the group's absmax": signed / m + offset,
     }
     got = feedback.call(f, codes, group_absmax, offset, bits, group_size, others=OTHERS)
     feedback.close(got, expected, "constants", FLOAT32, causes)
 
 
-def check_bits(f, n: int, block_size: int, bits: int, group_size: int) -> None:
-    """Bits a weight, exactly."""
-    n_blocks, codes = -(-n // block_size), (n + 1) // 2
-    stored, groups = -(-n_blocks * bits // 8), -(-n_blocks // group_size)
-    causes = {
-        "the last group is shorter, but its absmax takes 4 bytes": (
-            8 * (codes + stored + 4 * (n_blocks // group_size) + 4) / n
-        ),
-        "the offset takes 4 bytes": 8 * (codes + stored + 4 * groups) / n,
-        "the groups' absmax take 4 bytes each": 8 * (codes + stored + 4) / n,
-        "a constant of 4 bits takes half a byte: they are packed too": 8 * (codes + n_blocks + 4 * groups + 4) / n,
-        "the last block is shorter, but it has a constant like any other": (
-            8 * (codes + n // block_size * bits // 8 + 4 * -(-(n // block_size) // group_size) + 4) / n
-        ),
-        "the float32 absmax are not stored any more": 8 * (codes + 4 * n_blocks + stored + 4 * groups + 4) / n,
-        "the formula is right only where blocks and groups come out even; and the offset counts": (
-            4 + bits / block_size + 32 / (block_size * group_size)
-        ),
-        "these are bytes: a byte has 8 bits": _bits_per_weight(n, block_size, bits, group_size) / 8,
-    }
-    got = feedback.call(f, n, block_size, bits, group_size, others=OTHERS)
-    what = f"bits_per_weight({n}, {block_size}, {bits}, {group_size})"
-    # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
-    feedback.close(got, _bits_per_weight(n, block_size, bits, group_size), what, 1e-9, causes)
+def check_bits(f, *cases: tuple[int, int, int, int]) -> None:
+    """Bits a weight, exactly. cases: (n, block_size, bits, group_size)."""
+    with feedback.Cases() as compared:
+        for n, block_size, bits, group_size in cases:
+            n_blocks, codes = -(-n // block_size), (n + 1) // 2
+            stored, groups = -(-n_blocks * bits // 8), -(-n_blocks // group_size)
+            expected = _bits_per_weight(n, block_size, bits, group_size)
+            causes = {
+                "the last group is shorter, but its absmax takes 4 bytes": (
+                    8 * (codes + stored + 4 * (n_blocks // group_size) + 4) / n
+                ),
+                "the offset takes 4 bytes": 8 * (codes + stored + 4 * groups) / n,
+                "the groups' absmax take 4 bytes each": 8 * (codes + stored + 4) / n,
+                "a constant of 4 bits takes half a byte: they are packed too": 8
+                * (codes + n_blocks + 4 * groups + 4)
+                / n,
+                "the last block is shorter, but it has a constant like any other": (
+                    8 * (codes + n // block_size * bits // 8 + 4 * -(-(n // block_size) // group_size) + 4) / n
+                ),
+                "the bytes of the constants' codes are rounded up": (
+                    8 * (codes + n_blocks * bits // 8 + 4 * groups + 4) / n
+                ),
+                "the bytes of an odd number of codes are rounded up": 8 * (n // 2 + stored + 4 * groups + 4) / n,
+                "the float32 absmax are not stored any more": 8 * (codes + 4 * n_blocks + stored + 4 * groups + 4) / n,
+                "the formula is right only where blocks and groups come out even; and the offset counts": (
+                    4 + bits / block_size + 32 / (block_size * group_size)
+                ),
+                "these are bytes: a byte has 8 bits": expected / 8,
+            }
+            got = feedback.call(f, n, block_size, bits, group_size, others=OTHERS)
+            what = f"bits_per_weight({n}, {block_size}, {bits}, {group_size})"
+            # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
+            compared.close(got, expected, what, 1e-9, causes)
 
 
-def check_added_error(f, w: Tensor, bits: int) -> None:
-    """By what share coarse constants raise the squared error, when the codes stay."""
-    expected, flat, absmax = _added_error(w, bits), w.reshape(-1), _absmax(w, 64)
-    coarse = _dequantize_constants(*_quantize_constants(absmax, bits, 256), bits, 256)
-    exact = nf4lab.mse(flat, _decode(_encode(w, absmax, 64), absmax, 64))
-    again = nf4lab.mse(flat, _decode(_encode(w, coarse, 64), coarse, 64)) / exact - 1
-    near = lambda value: lambda x: abs(float(x) - value) < 0.02 * abs(value)  # noqa: E731
-    causes = {
-        "this is the ratio: take 1 off to get the share that was added": near(expected + 1),
-        "this is in percent: asked for is a share": near(100 * expected),
-        "the weights were encoded again with the coarse constants: here their codes stay": near(again),
-        "this is the difference: divide by the error with the exact constants": near(expected * exact),
-        "the other way round: coarse over exact": near(1 / (expected + 1) - 1),
-        "this is the error of the constants: asked for is that of the weights": near(nf4lab.mse(absmax, coarse)),
-    }
-    got = feedback.call(f, w, bits, others=OTHERS)
-    # 2 %: the rounding of a few constants that lie half-way between two codes, and float32 sums
-    feedback.close(got, expected, f"added_error with {bits} bits", 0.02, causes)
+def check_added_error(f, *cases: tuple[Tensor, int]) -> None:
+    """By what share coarse constants raise the squared error, when the codes stay. cases: (w, bits)."""
+    with feedback.Cases() as compared:
+        for w, bits in cases:
+            expected, flat, absmax = _added_error(w, bits), w.reshape(-1), _absmax(w, 64)
+            coarse = _dequantize_constants(*_quantize_constants(absmax, bits, 256), bits, 256)
+            exact = nf4lab.mse(flat, _decode(_encode(w, absmax, 64), absmax, 64))
+            again = nf4lab.mse(flat, _decode(_encode(w, coarse, 64), coarse, 64)) / exact - 1
+            causes = {
+                "this is the ratio: take 1 off to get the share that was added": expected + 1,
+                "this is in percent: asked for is a share": 100 * expected,
+                "the weights were encoded again with the coarse constants: here their codes stay": again,
+                "this is the difference: divide by the error with the exact constants": expected * exact,
+                "the other way round: coarse over exact": 1 / (expected + 1) - 1,
+                "this is the error of the constants: asked for is that of the weights": nf4lab.mse(absmax, coarse),
+            }
+            got = feedback.call(f, w, bits, others=OTHERS)
+            # 2 %: the rounding of a few constants that lie half-way between two codes, and float32 sums
+            compared.close(got, expected, f"added_error with {bits} bits", 0.02, causes)
 
 
 def check_best_scale(f, w: Tensor, block_size: int, factors: list[float]) -> None:
@@ -227,52 +246,85 @@ def check_best_scale(f, w: Tensor, block_size: int, factors: list[float]) -> Non
     got = feedback.call(f, w, block_size, factors, others=OTHERS)
     scales = torch.stack([absmax * factor for factor in factors])
     errors = torch.stack([block_errors(w, scale, block_size) for scale in scales])
-    one = scales[errors.sum(dim=1).argmin()]
+    best, worst = (chosen[None] for chosen in (errors.argmin(dim=0), errors.argmax(dim=0)))
     causes = {
-        "these are the factors: multiply each by its block's absmax": lambda x: (
-            (x <= max(factors) + 1e-6).all() and len(x.unique()) <= len(factors)
-        ),
+        "these are the factors: multiply each by its block's absmax": torch.tensor(factors)[best[0]],
+        "these are positions in the list of factors": best[0],
         "every block kept its absmax: try all factors": absmax,
-        "one factor for all blocks: each block has its own best": one,
-        "these have the largest error": scales.gather(0, errors.argmax(dim=0, keepdim=True))[0],
+        "one factor for all blocks: each block has its own best": scales[errors.sum(dim=1).argmin()],
+        "these have the largest error": scales.gather(0, worst)[0],
+        "this is the least error of each block: asked for is its constant": errors.min(dim=0).values,
     }
-    feedback.close(torch.zeros_like(got) if not isinstance(got, Tensor) else got.isfinite().float(),
-                   torch.ones_like(expected), "finite constants", 0, causes)  # fmt: skip
-    worse = block_errors(w, got, block_size) > block_errors(w, expected, block_size) * (1 + 1e-4)
-    if worse.any():
-        feedback.same(got, got.where(~worse, expected), "best_scale", causes)
+    if isinstance(got, Tensor) and got.shape == expected.shape and got.isfinite().all():
+        equal = block_errors(w, got.float(), block_size) <= block_errors(w, expected, block_size) * (1 + 1e-4)
+        expected = got.to(expected.dtype).where(equal, expected)  # another constant of the same error is as good
+    feedback.close(got, expected, "best_scale", FLOAT32, causes)
 
 
 def default_error(w: Tensor) -> float:
     """The squared error of the default: blocks of 64, constants in 8 bits by the dynamic map."""
+    return _default_error(w.numpy().tobytes(), w.shape)
+
+
+@functools.cache
+def _default_error(data: bytes, shape: tuple) -> float:
+    w = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)
     return nf4lab.mse(w, nf4lab.quantize(w, "nf4", 64, double_quant=True).dequantize())
 
 
-def check_beat(f, w: Tensor, share: float) -> None:
+def check_beat(f, share: float, *weights: Tensor) -> None:
     """Below `share` of the default's squared error, with what takes just as many bits."""
-    n_blocks, got = -(-w.numel() // 64), feedback.call(f, w, others=OTHERS)
+    for w in weights:
+        scale, codes = _stored(f, w)
+        error = block_errors_of(w, codes, scale).sum().item() / w.numel() / default_error(w)
+        near_absmax = bool(((scale / _absmax(w, 64) - 1).abs() < 0.02).float().mean() > 0.9)
+        nearest = torch.equal(codes, _encode(w, scale, 64))
+        causes = ("nearly every block still has its absmax for its constant: choose it by the error",) * near_absmax
+        if not nearest and torch.equal(codes, _encode(w, _absmax(w, 64), 64)):
+            causes += ("the codes were made with the absmax: encode with the constants that are stored, decoded",)
+        message = f"squared error: at most {share:.2f} of the default's, got {error:.4f} of it"
+        feedback.that(error <= share, message, *causes)
+
+
+def check_encoded_as_stored(f, w: Tensor) -> None:
+    """The codes are the nearest for the constants that are stored, and not for those before they were quantized."""
+    scale, codes = _stored(f, w)
+    error, again = (block_errors_of(w, c, scale).sum().item() for c in (codes, _encode(w, scale, 64)))
+    # 1 %: far more than ties between two levels are worth; constants that are not stored miss by several percent here
     feedback.that(
-        isinstance(got, tuple) and len(got) == 4,
-        f"beat_the_default: expected codes, constant codes, group absmax and offset; got {feedback.describe(got)}",
+        error <= 1.01 * again,
+        f"on weights with one giant: encoded anew with the constants that are stored, the squared error would be "
+        f"{again / error:.3f} of what it is. Encode with the constants that the decoder has",
     )
+
+
+def _stored(f, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoded constants and the codes that beat_the_default stores for w, if they take the default's bits."""
+    n_blocks, got = -(-w.numel() // 64), feedback.call(f, w, others=OTHERS)
+    got = feedback.pair(got, 4, "beat_the_default: expected codes, constant codes, group absmax and offset")
     parts = (("codes", w.numel()), ("constant codes", n_blocks), ("group absmax", -(-n_blocks // 256)), ("offset", 1))
+    stored = []
     for (name, n), part in zip(parts, got, strict=True):
         dtype = torch.uint8 if "codes" in name else torch.float32
-        feedback.that(
-            isinstance(part, Tensor) and part.numel() == n and part.dtype == dtype,
-            f"{name}: expected {n} {str(dtype).removeprefix('torch.')}, which is what the default takes; "
-            f"got {feedback.describe(part)}",
-        )
-    feedback.that(int(got[0].max()) < 16, f"codes: expected 0 to 15, got {got[0].max()}")
-    scale = _dequantize_constants(*got[1:], 8, 256)
-    error = nf4lab.mse(w.reshape(-1), _decode(got[0], scale, 64)) / default_error(w)
-    again = block_errors(w, scale, 64).sum().item() / w.numel() / default_error(w)
-    near_absmax = ((scale / _absmax(w, 64) - 1).abs() < 0.02).float().mean() > 0.9
-    causes = {
-        "the codes were not made with the constants that are stored: encode with the decoded ones": (
-            lambda _: again <= share < error
-        ),
-        "nearly every block still has its absmax for its constant: choose it by the error": lambda _: near_absmax,
-    }
-    message = f"squared error: at most {share:.2f} of the default's, got {error:.4f} of it"
-    feedback.that(error <= share, message, got, causes)
+        wanted = f"{name}: expected {n} {str(dtype).removeprefix('torch.')}, which is what the default takes"
+        part = part if isinstance(part, Tensor) else torch.tensor(feedback.plain(part))
+        feedback.that(isinstance(part, Tensor) and part.numel() == n, f"{wanted}; got {feedback.describe(part)}")
+        exact = part.to(dtype)
+        feedback.that(torch.equal(exact.to(part.dtype), part), f"{wanted}; got {feedback.describe(part)}")
+        feedback.same(part, exact, name)
+        stored.append(exact.reshape(-1) if n > 1 or name != "offset" else exact.reshape(()))
+    feedback.that(int(stored[0].max()) < 16, f"codes: expected 0 to 15, got {stored[0].max()}")
+    return _dequantize_constants(*stored[1:], 8, 256), stored[0]
+
+
+def with_giant(generator: torch.Generator) -> Tensor:
+    """Normal weights with one giant among them, so that the other blocks' constants are coarse: float32 (128, 384)."""
+    w = torch.randn(128, 384, generator=generator)
+    w[torch.randint(128, (1,), generator=generator), 7] = 300.0
+    return w
+
+
+def block_errors_of(w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The squared error of each block of 64 with these codes and constants: float64 (n_blocks,)."""
+    error = LEVELS[codes.int()] * scale.repeat_interleave(64)[: len(codes)] - w.reshape(-1)
+    return groups_of(error.double().square(), 64).sum(dim=1)

@@ -6,19 +6,19 @@ MISTAKES = {
         "    m = 2 ** (bits - 1)\n"
         "    return torch.arange(-m, m, dtype=torch.float32) * (absmax / (m - 1))",
         2,
-        r"expected shape \(15,\), got \(16,\)\nLikely cause: 16 levels, with -8 among them",
+        r"expected shape \(15,\), got \(16,\)\nLikely cause: one level too many",
     ),
     "step absmax over 8": (
         "def symmetric(absmax, bits):\n"
         "    m = 2 ** (bits - 1) - 1\n"
         "    return torch.arange(-m, m + 1, dtype=torch.float32) * (absmax / (m + 1))",
         2,
-        r"\[0\]: expected -7, got -6.125 .*\nLikely cause: the step is absmax/8",
+        r"\[0\]: expected -7, got -6.125 .*\nLikely cause: divided by m . 1; m is",
     ),
     "sixteen gaps": (
         "def min_max(low, high, n):\n    return low + torch.arange(n, dtype=torch.float32) * (high - low) / n",
         2,
-        r"min_max\(-1, 14, 16\)\[1\]: expected 0, got -0.0625 .*\nLikely cause: 16 gaps: 16 levels have 15 gaps",
+        r"min_max\(-1, 14, 16\)\[1\]: expected 0, got -0.0625 .*\nLikely cause: n gaps: n levels have n - 1 gaps",
     ),
     "ties up": (
         "def nearest(w, levels):\n"
@@ -30,7 +30,7 @@ MISTAKES = {
     "levels instead of codes": (
         "def nearest(w, levels):\n    return levels[(w[:, None] - levels).abs().argmin(dim=1)]",
         4,
-        r"codes: expected dtype uint8, got float32\nLikely cause: these are the levels themselves",
+        r"codes\[0\]: expected 0, got -1 .*; expected dtype uint8, got float32\nLikely cause: these are the levels",
     ),
     "the level below": (
         "def nearest(w, levels):\n    return (w[:, None] >= levels[1:]).sum(dim=1).to(torch.uint8)",
@@ -39,8 +39,8 @@ MISTAKES = {
     ),
     "codes as int64": (
         "def nearest(w, levels):\n    return (w[:, None] - levels).abs().argmin(dim=1)",
-        4,
-        "codes: expected dtype uint8, got int64",
+        1,  # the values are right: only the check that students see insists
+        "codes: the values are right; expected dtype uint8, got int64",
     ),
     "infinite quantiles": (
         "def equal_shares(n):\n    return torch.from_numpy(norm.ppf(np.linspace(0, 1, n))).float()",
@@ -87,7 +87,7 @@ MISTAKES = {
     "the table pasted": (
         "def nf4(tail=0.9677083):\n    return published",
         3,
-        r"`tail` is not used: this is the table itself",
+        r"`tail` is not used: these are the levels of another tail",
     ),
     "rounded once, at the end": (
         "def nf4(tail=0.9677083):\n    return normal_float(tail)",
@@ -132,7 +132,20 @@ MISTAKES = {
         "        levels = nf4(tail)\n"
         "        return (levels[nearest(s, levels).int()] - s).square().mean().item()\n\n"
         "    return min(tails, key=error)",
-        2,
+        3,
         "Likely cause: the error was taken of the normalised weights",
     ),
+    "signed maximum": (
+        "def best_tail(w, tails):\n"
+        "    blocks = w.reshape(-1, 64)\n"
+        "    absmax = blocks.amax(dim=1, keepdim=True)\n\n"
+        "    def error(tail):\n"
+        "        levels, s = nf4(tail), (blocks / absmax).reshape(-1)\n"
+        "        w_hat = levels[nearest(s, levels).int()].reshape(-1, 64) * absmax\n"
+        "        return (w_hat - blocks).square().mean().item()\n\n"
+        "    return min(tails, key=error)",
+        3,
+        "Likely cause: the largest value of a block was taken",
+    ),
+    "always the same tail": ("def best_tail(w, tails):\n    return 0.92", 3, "best_tail: expected 0.\\d+, got 0.92$"),
 }

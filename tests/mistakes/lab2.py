@@ -123,4 +123,11 @@ MISTAKES = {
         3,
         "Likely cause: this is the block size with the largest error",
     ),
+    "the largest error of a weight": (
+        BEST.replace(".square().mean()", ".abs().max()").format(
+            "min((B for B in sizes if bits_per_weight(w.numel(), B) <= budget), key=error)"
+        ),
+        2,
+        "best_block_size within .*: expected 128, got 256",
+    ),
 }

@@ -85,12 +85,12 @@ MISTAKES = {
     "128 steps on a side": (
         quantize(m="2 ** (bits - 1)"),
         5,
-        r"codes.*\nLikely cause: 8 steps on a side: 15 codes have 7",
+        r"codes.*\nLikely cause: M is 2\*\*\(bits - 1\) - 1",
     ),
     "signed codes": (
         quantize(codes="scaled.round().to(torch.int8)"),
         5,
-        r"codes: expected dtype uint8, got int8\nLikely cause: the codes are signed: add 7",
+        r"codes.*; expected dtype uint8, got int8\nLikely cause: the codes are signed: add M",
     ),
     "rounded down": (
         quantize(codes="(scaled.floor() + M).to(torch.uint8)"),
@@ -155,7 +155,7 @@ MISTAKES = {
     "encoded with what is not stored": (
         BEAT.format(scale="best_scale(w, 64, [0.8, 0.9, 1.0])", encode="block_absmax(w, 64)"),
         4,
-        r"squared error: at most 1.00 of the default's, got \d\.\d+ of it\nLikely cause: the codes were not made with",
+        r"squared error: at most 1.00 of the default's, got \d\.\d+ of it\nLikely cause: the codes were made with",
     ),
     "the default once more": (
         BEAT.format(scale="block_absmax(w, 64)", encode="scale"),
@@ -168,5 +168,10 @@ MISTAKES = {
         "    return encode(w, scale, 64), scale, scale[:1], scale.mean()",
         4,
         r"constant codes: expected 2304 uint8, .*; got a tensor of shape \(2304,\), float32",
+    ),
+    "encoded with constants that are not quantized": (
+        BEAT.format(scale="best_scale(w, 64, [0.75, 0.8, 0.85, 0.9, 0.95, 1.0])", encode="scale"),
+        1,
+        "on weights with one giant: encoded anew with the constants that are stored",
     ),
 }

@@ -4,7 +4,7 @@ import torch
 
 import nf4lab
 from nf4lab.labs import feedback, lab1
-from otter.test_files import test_case
+from nf4lab.labs.feedback import test_case
 
 OK_FORMAT = False
 
