@@ -27,15 +27,14 @@ notebooks: $(BIN)/ready ## write the notebook beside each chapter
 	$(BIN)/python book/make_notebooks.py
 
 labs: $(BIN)/ready ## write each lab's notebook, checks and grader: make labs SEED=2027
-	$(BIN)/python labs/make_labs.py --seed $(or $(SEED),2026)
+	$(BIN)/python labs/make_labs.py $(if $(SEED),--seed $(SEED))
 
 grade: $(BIN)/ready ## grade a folder of notebooks: make grade LAB=2 IN=folder OUT=grades.csv ARGS=--help
 	$(BIN)/python labs/grade.py $(ARGS) $(LAB) $(IN) $(OUT)
 
-students: ## copy what students may see, without masters and their tests: make students OUT=../course
-	@test -n "$(OUT)" || { echo "make students OUT=../course"; exit 2; }
-	mkdir -p $(OUT)
-	git archive HEAD | tar -x -C $(OUT) --exclude-from=labs/private.txt
+students: $(BIN)/ready ## the students' repository: make students OUT=../course URL=https://github.com/you/course
+	@test -n "$(OUT)" -a -n "$(URL)" || { echo "make students OUT=../course URL=https://github.com/you/course"; exit 2; }
+	$(BIN)/python labs/make_course.py $(OUT) $(URL)
 
 bench: $(BIN)/ready ## measure the kernels here: make bench NAME=my-cpu; writes benchmarks/results/
 	$(BIN)/python benchmarks/cpu.py $(or $(NAME),$(shell uname -m))

@@ -1,34 +1,73 @@
-"""What grading writes: the gradebook's table, a page for each student, the instructor's report."""
+"""What grading writes: the report as rows come, a page for each student, and the table at the end."""
 
 import csv
+import hashlib
 import html
 import json
+import re
 from pathlib import Path
 
 
 def plain(text: str) -> str:
-    """Text for a cell of a table, which no spreadsheet takes for a formula."""
-    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """Text for a cell of a table, which no spreadsheet takes for a formula, wherever it splits cells."""
+    return re.sub(r"(^|[;,\t\r\n]\s*)([=+\-@])", r"\1'\2", clean(text))
 
 
-def number(points: float) -> str:
+def clean(text: str) -> str:
+    """Text that can be written as UTF-8, whatever a submission made of it."""
+    return str(text).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def points(value: float) -> str:
     """Points without a needless fraction."""
-    return f"{points:g}"
+    return f"{value:g}"
+
+
+class Report:
+    """OUT-report.jsonl: every row is there as soon as it is known, so that a batch that was stopped goes on.
+
+    A row counts again if the same file was graded with the same checks.
+    """
+
+    def __init__(self, path: Path, stamp: str):
+        self.path, self.stamp = path, stamp
+
+    def done(self) -> dict[str, dict]:
+        """The rows of an earlier run with the same checks, by the digest of what was graded."""
+        if not self.path.exists():
+            return {}
+        rows = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # cut off while it was written
+                continue
+        return {row["digest"]: row for row in rows if row.get("stamp") == self.stamp and "digest" in row}
+
+    def add(self, row: dict) -> None:
+        """Append a row, whatever text is in it."""
+        with open(self.path, "a", encoding="ascii") as file:
+            file.write(json.dumps(row | {"stamp": self.stamp}) + "\n")
+
+
+def digest(student: str, data: bytes | None) -> str:
+    """What tells a submission from another."""
+    return hashlib.sha256(clean(student).encode() + b"\0" + (data or b"")).hexdigest()[:24]
 
 
 def write_table(rows: list[dict], target: Path) -> None:
-    """The gradebook's table, one row a submission, by name."""
+    """The table, one row a submission, by name."""
     questions = sorted({q for row in rows for q in row["questions"]}, key=lambda q: int(q[1:]))
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["student", "score", "possible", "percent", *questions, "outcome", "notes"])
+        writer.writerow(["student", "score", "possible", "percent", *questions, "late", "outcome", "notes"])
         for row in rows:
-            points = [number(row["questions"][q]) for q in questions]
-            percent = number(round(100 * row["score"] / row["possible"], 2))
-            words = [plain(row["outcome"]), plain("; ".join(row["notes"]))]
-            writer.writerow(
-                [plain(row["student"]), number(row["score"]), number(row["possible"]), percent, *points, *words]
-            )
+            percent = points(round(100 * row["score"] / row["possible"], 2)) if row["possible"] else ""
+            writer.writerow([
+                plain(row["student"]), points(row["score"]), points(row["possible"]), percent,
+                *[points(row["questions"].get(q, 0)) for q in questions], "late" if row.get("late") else "",
+                plain(row["outcome"]), plain("; ".join(row["notes"])),
+            ])  # fmt: skip
 
 
 PAGE = """<!doctype html>
@@ -45,34 +84,39 @@ h2 {{ margin-bottom: 0 }}</style></head>
 
 
 def page(row: dict, lab: str) -> str:
-    """What a student may see: nothing of a hidden check but the points it gave."""
-    parts = []
+    """What a student may see. Of a hidden check: its points, and the cause if it is certain; none of its data."""
+    parts = [f"<p>{html.escape(clean(note))}.</p>" for note in row.get("handed_in", [])]
     if row["errors"]:
-        parts.append("<h2>Cells that failed</h2>" + "".join(f"<pre>{html.escape(e)}</pre>" for e in row["errors"]))
-    for question, score in row["questions"].items():
+        errors = "".join(f"<pre>{html.escape(clean(error))}</pre>" for error in row["errors"])
+        parts.append("<h2>Cells that failed</h2>" + errors)
+    for question in sorted(row["questions"], key=lambda q: int(q[1:])):
         checks = [check for check in row["checks"] if check["question"] == question]
         possible = sum(check["points"] for check in checks)
-        parts.append(f"<h2>Question {question[1:]}: {number(score)} of {number(possible)}</h2>")
+        parts.append(f"<h2>Question {question[1:]}: {points(row['questions'][question])} of {points(possible)}</h2>")
         for check in checks:
             if not check["hidden"]:
-                message = "" if check["passed"] else f"<pre>{html.escape(check['message'])}</pre>"
+                message = "" if check["passed"] else f"<pre>{html.escape(clean(check['message']))}</pre>"
                 verdict = "passed" if check["passed"] else "did not pass"
                 parts.append(f"<p>The check in the notebook {verdict}.</p>{message}")
         unseen = [check for check in checks if check["hidden"]]
         passed = sum(check["passed"] for check in unseen)
         parts.append(f"<p>Checks with other data that passed: {passed} of {len(unseen)}.</p>")
-    words = {key: html.escape(str(row[key])) for key in ("student", "outcome")}
-    points = {key: number(row[key]) for key in ("score", "possible")}
-    return PAGE.format(lab=html.escape(lab.replace("lab", "Lab ")), body="\n".join(parts), **words, **points)
+        causes = dict.fromkeys(clean(cause) for check in unseen if not check["passed"] for cause in check["causes"])
+        parts += [f"<p>Cause: {html.escape(cause)}.</p>" for cause in causes]
+    words = {key: html.escape(clean(row[key])) for key in ("student", "outcome")}
+    scores = {key: points(row[key]) for key in ("score", "possible")}
+    return PAGE.format(lab=html.escape(lab.replace("lab", "Lab ")), body="\n".join(parts), **words, **scores)
 
 
-def write_all(rows: list[dict], target: Path, lab: str) -> None:
-    """The table, the students' pages and the instructor's report."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_table(rows, target)
-    pages = target.with_name(f"{target.stem}-feedback")
-    pages.mkdir(exist_ok=True)
-    for row in rows:
-        (pages / f"{row['student']}.html").write_text(page(row, lab), encoding="utf-8")
-    with open(target.with_name(f"{target.stem}-report.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def page_name(student: str) -> str:
+    """A file name for a student's page that any system takes; two students never share one."""
+    name = re.sub(r"[^\w .@+-]", "_", clean(student))[:80].strip(" .") or "student"
+    return name if name == student else f"{name}-{hashlib.sha256(clean(student).encode()).hexdigest()[:6]}"
+
+
+def write_page(row: dict, pages: Path, lab: str) -> None:
+    """The student's page in its folder."""
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / f"{page_name(row['student'])}.html").write_text(
+        page(row, lab), encoding="utf-8", errors="backslashreplace"
+    )

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT / "labs"))
 import grade
-import grading
+import judge
 import make_labs
+import sandbox
 import tables
 
-LIMITS = grading.Limits(seconds=60, cell_seconds=5, memory_gb=2)
+LIMITS = sandbox.Limits(seconds=120, cell_seconds=5, question_seconds=20, memory_gb=2)
 
 
 def hundred(outside: Path, port: int) -> dict[str, tuple[bytes, float, str, str]]:
@@ -62,7 +63,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         folder = Path(folder)
         make_labs.make("lab1", seed=2026, check=True, grader=folder / "lab1.zip")
-        job = grading.job_of("lab1", LIMITS, grader=folder / "lab1.zip")
+        job = judge.job_of("lab1", LIMITS, grader=folder / "lab1.zip")
         batch = hundred(folder / "outside", server.getsockname()[1])
         files = {name: submission[0] for name, submission in batch.items()}
         failures = run("here", grade.grade_here(files, job, 2), batch, folder)

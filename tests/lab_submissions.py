@@ -2,22 +2,20 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
-import jupytext
 import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "labs"))
+import selftest  # noqa: E402
 
 
 def solved(lab: str) -> nbformat.NotebookNode:
     """The master as a student who knows everything would hand it in: no checks, no tags."""
-    master = jupytext.read(ROOT / "labs" / lab / "master.md")
-    cells = [c for c in master.cells if not {"public", "hidden"} & set(c.metadata.get("tags", []))]
-    for cell in cells:
-        cell.source = re.sub(r" *# (BEGIN |END )?SOLUTION\n?", "\n", cell.source)
-    return new_notebook(cells=cells)
+    return nbformat.reads(selftest.solved(lab).decode(), as_version=4)
 
 
 def with_answer(lab: str, answer: str) -> nbformat.NotebookNode:
@@ -178,10 +176,8 @@ def hostile(lab: str, target: Path, port: int) -> dict[str, tuple[bytes, float, 
         "fork bomb": (as_bytes(preceded(lab, FORK_BOMB)), 0, "more than 8 processes", "ctypes"),
         "leaves": (as_bytes(preceded(lab, "import os; os._exit(0)")), 0, "ended itself", "^$"),
         "exits": (as_bytes(preceded(lab, "import sys; sys.exit(3)")), full, "1 cell failed", "^$"),
-        "patches the checks": (
-            as_bytes(preceded("lab1", PATCHES)), full, "^graded$", "replaced .*feedback.same.*replaced"
-        ),
-        "forges": (as_bytes(preceded(lab, FORGES)), 0, "told the grader what", "os.write: read"),
+        "patches the checks": (as_bytes(preceded("lab1", PATCHES)), full, "^graded$", "replaced torch.equal"),
+        "forges": (as_bytes(preceded(lab, FORGES)), 0, "told the grader", "os.write: read"),
         "bad error": (as_bytes(preceded(lab, BAD_ERROR)), full, "1 cell failed", "^$"),
         "html": (as_bytes(preceded(lab, HTML)), full, "1 cell failed", "^$"),
         "asks": (as_bytes(preceded(lab, "input('your password?')")), full, "1 cell failed", "^$"),

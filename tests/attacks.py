@@ -1,0 +1,264 @@
+"""What an attacker's notebook does, in cells that go before a solved one. Targets are this machine's own processes.
+
+FORGERIES want points for answers that they do not have: each replaces all six of lab 1.
+"""
+
+import nbformat
+from lab_submissions import solved
+from nbformat.v4 import new_code_cell
+
+NO_ANSWERS = """
+def symmetric(absmax, bits): return {0}
+def min_max(low, high, n): return {0}
+def nearest(w, levels): return {0}
+def equal_shares(n): return {0}
+def normal_float(tail): return {0}
+def nf4(tail=0.9677083): return {0}
+def best_tail(w, tails): return {0}
+"""
+FORGERIES = {
+    "equal to everything": """
+import torch
+class Yes(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return True
+    def __eq__(self, other): return True
+yes = torch.zeros(16).as_subclass(Yes)
+""" + NO_ANSWERS.format("yes"),
+    "replaces otter's test case": """
+import otter.test_files.exception_test as e
+e.test_case.call_func = lambda *a, **k: None
+""" + NO_ANSWERS.format("1"),
+    "replaces a check's code": """
+from nf4lab.labs import feedback
+for name in ("same", "close", "that"):
+    getattr(feedback, name).__code__ = (lambda *a, **k: None).__code__
+""" + NO_ANSWERS.format("1"),
+    "replaces the encoder": """
+import json
+from nf4lab.labs import plain
+plain.dumps = lambda value: b"\\x00\\x00\\x00\\x04true"
+json.JSONEncoder.encode = lambda self, value: '{"passed": true}'
+""" + NO_ANSWERS.format("1"),
+    "replaces feedback from a called function": NO_ANSWERS.format("patch()") + """
+def patch():
+    import sys
+    for name, module in list(sys.modules.items()):
+        if "nf4lab.labs" in name:
+            for part in ("same", "close", "call", "beside"):
+                if hasattr(module, part):
+                    setattr(module, part, lambda *a, **k: None)
+    return 1
+""",
+    "writes a transcript": """
+import json, os
+def all_passed():
+    for number in range(3, 30):
+        for q in range(1, 7):
+            body = json.dumps({"question": f"q{q}", "check": 0, "hidden": True, "passed": True}).encode()
+            try:
+                os.write(number, len(body).to_bytes(4, "big") + b"S" + body)
+            except OSError:
+                pass
+all_passed()
+""" + NO_ANSWERS.format("all_passed()"),
+    "states what the supervisor would": """
+import json, os
+for number in range(3, 30):
+    body = json.dumps({"layers": ["forged"], "ended": "", "passed": True}).encode()
+    try:
+        os.write(number, len(body).to_bytes(4, "big") + b"S" + body)
+    except OSError:
+        pass
+""" + NO_ANSWERS.format("1"),
+    "forwards to the package": """
+import nf4lab
+from nf4lab import codebooks
+kept = codebooks.nf4
+def equal_shares(n): return codebooks.quantile_midpoints(n)
+def nf4(tail=0.9677083): return kept(tail)
+def normal_float(tail): return kept(tail)
+def symmetric(absmax, bits): return codebooks.symmetric_int(bits) * absmax
+def min_max(low, high, n): return low + (high - low) * codebooks.uniform(n)
+def nearest(w, levels): return None
+def best_tail(w, tails): return None
+""",
+    "forwards from another thread": """
+import sys, threading
+from nf4lab import codebooks
+def elsewhere(function, *args):
+    got = []
+    thread = threading.Thread(target=lambda: got.append(function(*args)))
+    thread.start(); thread.join()
+    return got[0]
+def symmetric(absmax, bits): sys.setprofile(None); return codebooks.symmetric_int(bits) * absmax
+def min_max(low, high, n): sys.setprofile(None); return low + (high - low) * codebooks.uniform(n)
+def equal_shares(n): return elsewhere(codebooks.quantile_midpoints, n)
+def nf4(tail=0.9677083): return elsewhere(codebooks.nf4, tail)
+def normal_float(tail): return elsewhere(codebooks.nf4, tail)
+def nearest(w, levels): return None
+def best_tail(w, tails): return None
+""",
+    "forwards to the labs' own answers": """
+import importlib
+def own(name, *args):
+    return importlib.import_module("nf4lab.labs.lab1").OTHERS[name](*args)
+def nearest(w, levels): return own("nearest", w, levels)
+def nf4(tail=0.9677083): return own("nf4", tail)
+def normal_float(tail): return own("nf4", tail)
+def symmetric(absmax, bits): return None
+def min_max(low, high, n): return None
+def equal_shares(n): return None
+def best_tail(w, tails): return None
+""",
+    "keeps what other questions are lent": """
+lent = {}
+def best_tail(w, tails):
+    lent.update(nf4=nf4, nearest=nearest)
+    return None
+def nf4(tail=0.9677083): return lent["nf4"](tail)
+def nearest(w, levels): return lent["nearest"](w, levels)
+def normal_float(tail): return lent["nf4"](tail)
+def symmetric(absmax, bits): return None
+def min_max(low, high, n): return None
+def equal_shares(n): return None
+""",
+    "asks the grader for them": """
+import os
+from nf4lab.labs import plain
+def ask(name, *args):
+    body = plain.dumps({"other": name, "args": args})
+    for number in range(3, 40):
+        try:
+            os.write(number, len(body).to_bytes(4, "big") + b"V" + body)
+        except OSError:
+            pass
+def nf4(tail=0.9677083): return ask("nf4", tail)
+def nearest(w, levels): return ask("nearest", w, levels)
+def normal_float(tail): return ask("nf4", tail)
+def symmetric(absmax, bits): return None
+def min_max(low, high, n): return None
+def equal_shares(n): return None
+def best_tail(w, tails): return None
+""",
+}  # fmt: skip
+LOOKS_AROUND = """
+import gc, sys, types
+names = list(sys.modules)
+assert "nf4lab.labs.feedback" not in names, "the comparing module is loaded"
+from nf4lab.labs import lab1
+assert not hasattr(lab1, "OTHERS") and not hasattr(lab1, "check_nf4")
+words = ("at_other_tails", "on_other_levels", "SEED = ")
+texts = [o for o in gc.get_objects() if isinstance(o, str)]
+found = [t[:80] for t in texts for w in words if w in t and "words" not in t and "LOOKS" not in t]
+assert not found, found
+frame = sys._getframe()
+while frame:
+    assert not any("SEED" == name for name in frame.f_globals), frame
+    frame = frame.f_back
+"""
+
+
+def looks_for_host(root) -> str:
+    """A cell that looks for the host's files, processes and sockets, through C too."""
+    return f"""
+import ctypes, glob, os
+libc = ctypes.CDLL(None)
+O = lambda path: libc.open(path.encode(), 0)
+for path in ("/etc/shadow", "/etc/passwd", "/root/.bashrc", "/opt", "/home", "/run", "/var/run/docker.sock",
+             "{root}/labs/lab1/master.md", "{root}/_build", "/proc/1/environ", "/sys/kernel"):
+    assert O(path) < 0, path
+mine = int(open("/proc/self/status").read().split("Pid:")[1].split()[0]) if os.path.exists("/proc/self/status") else 0
+others = [p for p in os.listdir("/proc") if p.isdigit()]
+for p in others:
+    try:
+        text = open(f"/proc/{{p}}/cmdline", "rb").read()
+    except OSError:
+        continue
+    assert b"supervise" in text or b"bwrap" in text or not text, text
+s = libc.socket(1, 1, 0)
+address = (1).to_bytes(2, "little") + b"/run/docker.sock" + bytes(80)
+assert libc.connect(s, address, 110) != 0
+s = libc.socket(2, 1, 0)
+assert libc.connect(s, (2).to_bytes(2, "little") + (22).to_bytes(2, "big") + bytes([127, 0, 0, 1]) + bytes(8), 16) != 0
+"""
+
+
+LEAVES_BEHIND = """
+import ctypes, os, tempfile
+for folder in ("/dev/shm", "/tmp", tempfile.gettempdir(), "/var/tmp", "/programs", os.getcwd()):
+    try:
+        with open(os.path.join(folder, "left-by-another"), "w") as file:
+            file.write("x")
+    except OSError:
+        pass
+libc = ctypes.CDLL(None)
+libc.shmget(4711, 4096, 0o1666)
+libc.msgget(4711, 0o1666)
+"""
+FINDS_WHAT_WAS_LEFT = """
+import ctypes, glob, os
+for pattern in ("/dev/shm/*", "/tmp/*", "/tmp/*/*", "/var/tmp/*", "/programs/*"):
+    try:
+        assert not [p for p in glob.glob(pattern) if "left-by" in p], pattern
+    except PermissionError:
+        pass
+libc = ctypes.CDLL(None)
+assert libc.shmget(4711, 4096, 0) < 0 and libc.msgget(4711, 0) < 0
+"""
+FILLS = """
+import os
+written = 0
+try:
+    for i in range(40):
+        with open(f"big{i}", "wb") as file:
+            for _ in range(60):
+                written += file.write(bytes(2**20))
+                file.flush()
+except OSError:
+    pass
+assert written <= 2**28 + 2**22, written
+held = 0
+try:
+    for i in range(40):
+        with open(f"/dev/shm/big{i}", "wb") as file:
+            for _ in range(60):
+                held += file.write(bytes(2**20))
+                file.flush()
+except OSError:
+    pass
+assert held <= 2**26 + 2**22, held
+"""
+STUBBORN_FUNCTION = """def equal_shares(n):
+    import signal
+    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGVTALRM):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        try:
+            while True: pass
+        except BaseException: pass"""
+TAMPERS = """
+from nf4lab.kernels import tracing
+def getitem(self, index): return self.array[int(index)]
+tracing_getitem = tracing._Watched.__getitem__
+def tamper():
+    from nf4lab.kernels import tracing
+    tracing._Watched.__getitem__ = lambda self, index: self.array[int(index)]
+    tracing._Watched.__setitem__ = quiet
+def quiet(self, index, value):
+    index = int(index)
+    if 0 <= index < self.size and not self.written[index]:
+        self.launch.record(self, "writes", index, __import__("sys")._getframe(1))
+        self.array[index] = value
+        self.written[index] = True
+"""
+
+
+def tampered_tracer() -> nbformat.NotebookNode:
+    """Lab 4 with a body that switches the tracer's eyes off when it is first called."""
+    notebook = solved("lab4")
+    at = next(i for i, cell in enumerate(notebook.cells) if "def dequantize_byte" in cell.source)
+    body = notebook.cells[at].source.replace("    if i < packed.size:", "    tamper()\n    if i < packed.size:", 1)
+    notebook.cells[at : at + 1] = [new_code_cell(TAMPERS), new_code_cell(body)]
+    return notebook
