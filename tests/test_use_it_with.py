@@ -40,6 +40,7 @@ def test_each_example_runs(bitsandbytes, beside_a_model, monkeypatch, title):
     exec("from transformers import AutoModelForCausalLM", names)
     for code in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.DOTALL):
         assert sum(bool(line.strip()) for line in code.splitlines()) <= 8
+        assert max(map(len, code.splitlines())) <= 72
         exec(code, names)
     if title == "transformers":
         model, same = names["model"], names["same"]
