@@ -6,6 +6,7 @@ time, which other programs disturb least; "wall_s" is what one waits for.
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -30,14 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="of all cases; the first is not counted")
     rounds = parser.parse_args().rounds
-    samples = {case: [] for case in CASES}
+    samples, load = {case: [] for case in CASES}, os.getloadavg()[0]
     for _ in range(rounds + 1):
         for case, statement in CASES.items():
             run = subprocess.run(
                 [sys.executable, "-c", SCRIPT.format(case=statement)], capture_output=True, text=True, check=True
             )
             samples[case].append([float(number) for number in run.stdout.split()])
-    record = provenance("benchmarks/imports.py", ["torch", "numpy", "scipy"]) | {"records": []}
+    record = provenance("benchmarks/imports.py", ["torch", "numpy", "scipy"]) | {"load_before": load, "records": []}
     for case, pairs in samples.items():
         wall, cpu = (list(column) for column in zip(*pairs[1:], strict=True))
         row = {
