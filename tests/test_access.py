@@ -70,11 +70,11 @@ def test_a_page_has_one_title_and_no_heading_is_left_out(open_page, name):
     assert all(below <= above + 1 for above, below in itertools.pairwise(levels)), levels
 
 
-@pytest.mark.parametrize("name", [PAGES[1], "search.html"])
+@pytest.mark.parametrize("name", [next(page for page in PAGES if "/01-" in page), "search.html"])
 def test_every_icon_of_a_page_is_in_the_small_font(open_page, name):
     tt_font = pytest.importorskip("fontTools.ttLib").TTFont
     fonts = (SITE / "_static" / "vendor" / "fontawesome" / "webfonts").glob("*.ttf")
-    glyphs = set().union(*(tt_font(font).getBestCmap() for font in fonts))
+    glyphs = set().union(*(tt_font(font).getBestCmap() or {} for font in fonts))  # a font may have lost all
     page, _ = open_page(name)
     drawn = "i => [i.className, getComputedStyle(i, '::before').content]"
     icons = page.evaluate(f"[...document.querySelectorAll('i[class*=fa-]')].map({drawn})")
