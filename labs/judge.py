@@ -137,7 +137,7 @@ class Conversation:
         seconds = self.job.limits.question_seconds
         self.send({"question": question, "seconds": seconds})
         self.await_("started")
-        asking = Asking(self, time.monotonic() + 4 * seconds + 10)
+        asking = Asking(self, 4 * seconds + 10)
         env = {name: asking.remote(name, entry) for name, entry in self.names.items()}
         try:
             for position, case in sorted(enumerate(found), key=lambda item: item[1].hidden):
@@ -299,8 +299,8 @@ class Late(Exception):
 class Asking:
     """The calls of one question."""
 
-    def __init__(self, conversation: Conversation, until: float):
-        self.conversation, self.until, self.over, self.asked_back = conversation, until, "", 0
+    def __init__(self, conversation: Conversation, patience: float):
+        self.conversation, self.patience, self.over, self.asked_back = conversation, patience, "", 0
 
     def remote(self, name: str, entry: dict, source: str | None = None):
         """A student's function, as checks see it, or what a variable is; with a source, that in its place."""
@@ -324,8 +324,10 @@ class Asking:
         names = {name: _n_arguments(other) for name, other in others.items() if name != task.get("name")}
         self.conversation.send({"task": task, "others": names, "extra": extra})
         while True:
+            start = time.monotonic()
             try:
-                told = self.conversation.hear(self.until)
+                told = self.conversation.hear(start + self.patience)
+                self.patience -= time.monotonic() - start  # only waiting counts, not what the check itself computes
             except Late:
                 self.conversation.line.send(KILL, b"")
                 told = self.conversation.hear()

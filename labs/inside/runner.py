@@ -269,6 +269,7 @@ def answer_calls(task: dict, env: dict, line: Line) -> None:
             asked = plain.loads(message[1])
             extra = {name: _from_source(name, text) for name, text in asked.get("extra", {}).items()}
             others = {name: _ask_back(name, n, line) for name, n in asked["others"].items()}
+            signal.setitimer(signal.ITIMER_REAL, 4 * seconds, 5)
             try:
                 given = {"value": calls.answer(asked["task"], env, others, extra)}
             except calls.Mistake as mistake:
@@ -277,6 +278,7 @@ def answer_calls(task: dict, env: dict, line: Line) -> None:
                 given = {"late": str(error)}
             except BaseException as error:
                 given = {"mistake": short(error), "causes": ()}
+            signal.setitimer(signal.ITIMER_REAL, 0)
             line.send(VALUE, plain.dumps(given))
 
 
