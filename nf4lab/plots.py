@@ -101,7 +101,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence], formats: Sequence[str]
             raise ValueError(f"{len(heads)} headings, but {len(row)} values in {row!r}")
     right = (all(not isinstance(row[i], str) for row in rows) for i in range(len(heads)))
     text = (tuple(f"{value:{spec}}" for value, spec in zip(row, formats, strict=True)) for row in rows)
-    return Table(tuple(heads), tuple(text), tuple(right))
+    return Table(tuple(map(str, heads)), tuple(text), tuple(right))
 
 
 def level_ticks(ax: Axes, levels: Tensor, height: float, name: str, **look) -> None:

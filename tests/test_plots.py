@@ -40,6 +40,7 @@ def test_a_figure_is_528_pixels_wide_and_its_text_10_high_on_a_phone():
 def test_a_table_is_html_in_a_notebook_and_columns_in_a_terminal():
     found = plots.table(("format", "MSE"), [("nf4", 0.00846), ("a < b", 12)], ("", ".4f"))
     assert repr(found) == "format      MSE\nnf4      0.0085\na < b   12.0000"
+    assert "<th" in plots.table((0, 4), [(1, 2)])._repr_html_()  # a heading may be a number
     html = found._repr_html_()
     assert html.count("<tr>") == 3 and "a &lt; b" in html
     assert '<th scope="col" style="text-align: right">MSE' in html and '<td style="text-align: left">nf4' in html

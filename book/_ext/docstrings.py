@@ -134,12 +134,12 @@ def restructure(lines: list[str], arguments: set[str], title: str, module) -> li
 
 def names_of(obj) -> tuple[set[str], str]:
     """What an object's docstring may explain, and the section that it belongs to."""
-    if inspect.isclass(obj):
-        return {*getattr(obj, "__annotations__", {}), *inspect.signature(obj).parameters}, "Attributes"
+    section = "Attributes" if inspect.isclass(obj) else "Args"
+    own = set(getattr(obj, "__annotations__", {})) if inspect.isclass(obj) else set()
     try:
-        return set(inspect.signature(getattr(obj, "py_func", obj)).parameters), "Args"
-    except (TypeError, ValueError):  # a property or a constant has no arguments
-        return set(), "Args"
+        return own | set(inspect.signature(getattr(obj, "py_func", obj)).parameters), section
+    except (TypeError, ValueError):  # a property, a constant, and a class made in C have no signature
+        return own, section
 
 
 def process(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
