@@ -167,6 +167,8 @@ def in_bubble(folder: Path, package: Path, readable: list[str]) -> list[str]:
         "/proc",
         "--dev",
         "/dev",
+        "--tmpfs",  # before what is bound: the program may itself lie in /tmp
+        "/tmp",
     ]
     for path in (*SYSTEM, *SETTINGS):
         if os.path.islink(path):
@@ -180,7 +182,7 @@ def in_bubble(folder: Path, package: Path, readable: list[str]) -> list[str]:
     options += ["--ro-bind", str(folder), "/programs", "--ro-bind", str(package), "/programs/nf4lab"]
     for checks in sorted((package / "labs").glob("lab*.py")):
         options += ["--ro-bind", str(folder / "empty.py"), f"/programs/nf4lab/labs/{checks.name}"]
-    return [*options, "--tmpfs", "/tmp"]
+    return options
 
 
 def hf_home() -> str:

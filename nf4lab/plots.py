@@ -72,7 +72,8 @@ class Table:
     def _cells(self, tag: str, row: tuple[str, ...]) -> str:
         sides = ("right" if right else "left" for right in self.right)
         cells = zip(sides, map(escape, row), strict=True)
-        return "".join(f'<{tag} style="text-align: {side}">{text}</{tag[:2]}>' for side, text in cells)
+        tags = ((tag if text else "td", side, text) for side, text in cells)  # a heading without words is none
+        return "".join(f'<{tag} style="text-align: {side}">{text}</{tag[:2]}>' for tag, side, text in tags)
 
     def __repr__(self) -> str:
         lines = (self.heads, *self.rows)

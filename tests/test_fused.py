@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator's layouts are s
 def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
     def takes(version, *case):
         kernel = fused.launches(version, *case)[0].kernel
-        return next(name for name, kind in kinds.items() if kernel in kind)
+        of_gemm = {"nf4lab.kernels.cuda.gemm_kernels": "v4"}.get(kernel.py_func.__module__)
+        return of_gemm or next(name for name, kind in kinds.items() if kernel in kind)
 
     monkeypatch.setattr(fused, "SIMULATOR", False)
     monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
@@ -48,8 +49,9 @@ def test_every_launch_fits_the_smallest_and_the_largest_shared_memory(n, k, rows
     for device, limit in ((-20, 232448), (-21, 101376)):
         monkeypatch.setattr(fused, "shared_limit", lambda device, limit=limit: limit)
         (one,) = fused.launches.__wrapped__("v5", rows, n, k, 64, torch.bfloat16, device, True)
-        (tiles,) = one.numbers
-        assert one.shared_bytes <= limit and one.grid * tiles * 16 >= n > (one.grid - 1) * tiles * 16
+        assert one.shared_bytes <= limit
+        for tiles in one.numbers:  # none where v2 takes what has no room for a tile
+            assert one.grid * tiles * 16 >= n > (one.grid - 1) * tiles * 16
 
 
 def test_rows_worth_it_are_those_of_the_nearest_shape_in_the_table(monkeypatch):

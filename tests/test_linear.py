@@ -550,9 +550,10 @@ def test_code_that_reads_a_weight_finds_the_dequantized_one():
     reference, x = copy.deepcopy(block), normal(2, 5, 32)
     for row in nf4lab.quantize_model_(block):
         reference.get_submodule(row.name).weight.data = block.get_submodule(row.name).weight
-    with torch.no_grad():  # here torch's fast path reads weights and calls none of the layers
-        assert torch.equal(block(x), reference(x))
-    assert torch.equal(block.train()(x), reference.train()(x))  # here it reads out_proj's only
+    with torch.no_grad():  # torch's fast path is for plain tensors: sums of 32 products are made in another order
+        assert torch.allclose(block(x), reference(x), rtol=0, atol=1e-5)
+    # here it reads out_proj's only
+    assert torch.allclose(block.train()(x), reference.train()(x), rtol=0, atol=1e-5)
 
 
 def test_back_to_a_plain_layer():

@@ -1,5 +1,6 @@
 """The book as one PDF: the pages in order, links that stay inside, and contents that name the right pages."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -24,6 +25,7 @@ def test_it_is_printed_again_only_where_the_contents_name_other_pages(monkeypatc
     if not make_pdf.shutil.which("chromium"):
         pytest.skip("no Chromium: install Debian's package `chromium`")
     printed = []
+    monkeypatch.setattr(make_pdf, "chromium", contextlib.nullcontext)
     monkeypatch.setattr(make_pdf, "pages", lambda: ["a", "b"])
     monkeypatch.setattr(make_pdf, "print_html", lambda browser, address, html: printed.append(html) or b"")
     monkeypatch.setattr(make_pdf, "page_numbers", lambda pdf: {"a": 5, "b": 9, "b--anchor": 11})

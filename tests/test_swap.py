@@ -244,11 +244,11 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     model, calls = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), []
     quantize = swap.quantize
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return quantize(*arguments)
+        return quantize(*arguments, **named)
 
     monkeypatch.setattr(swap, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
