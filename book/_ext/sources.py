@@ -36,7 +36,14 @@ def nest(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) 
     context["body"] = body
 
 
+def name_by_own_module(app, env) -> None:
+    """A source page's links back name the module that it is of, and not another that imports from it."""
+    modules = getattr(env, "_viewcode_modules", {})
+    modules.update({name: (*entry[:3], name) for name, entry in modules.items() if entry})
+
+
 def setup(app: Sphinx) -> dict:
+    app.connect("env-updated", name_by_own_module)
     app.connect("html-collect-pages", leave, priority=100)  # before viewcode
     app.connect("html-page-context", nest)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
