@@ -25,6 +25,7 @@ MATHJAX = ("core", "input/tex", "output/chtml", "a11y/assistive-mml")
 MATHJAX_FONT = "output/chtml/fonts/tex"  # output/chtml asks for it itself, when it is ready
 FIRST = "documentation_options.js"  # the one script that an inline script after it needs at once
 COLOURS = 256
+NO_SCRIPT = "// The icons come from a font: see book/_ext/weight.py.\n"
 CLASS = re.compile(r"\.(-?[A-Za-z_][\w-]*)")
 OPTIONAL = re.compile(r":(?:not|is|where)\([^()]*\)")  # a class in these need not be there
 # What the scripts of the theme insert, beyond the icons that stand in the pages.
@@ -69,6 +70,8 @@ def slim(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
+    if (static / "scripts" / "fontawesome.js").read_text() == NO_SCRIPT:
+        return  # nothing has changed: Sphinx copied no assets, and those that are there have been cut down
     before = _size(Path(app.outdir))
     slim_icons(Path(app.outdir), static)
     slim_styles(Path(app.outdir), static)
@@ -106,7 +109,7 @@ def slim_icons(site: Path, static: Path) -> None:
     if not kept or not glyphs:
         found = f"{len(kept)} TrueType fonts in {fonts.relative_to(static.parent)}, {len(glyphs)} icons in {sheet.name}"
         raise ExtensionError(f"slim_icons of book/_ext/weight.py knows this theme's icons no more: found are {found}")
-    (static / "scripts" / "fontawesome.js").write_text("// The icons come from a font: see book/_ext/weight.py.\n")
+    (static / "scripts" / "fontawesome.js").write_text(NO_SCRIPT)
     css = re.sub(r"url\([^)]*\.woff2\) format\(\"woff2\"\),", "", css)
     sheet.write_text(css)
     for path in fonts.glob("*.woff2"):
