@@ -39,7 +39,8 @@ def nest(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) 
 def name_by_own_module(app, env) -> None:
     """A source page's links back name the module that it is of, and not another that imports from it."""
     modules = getattr(env, "_viewcode_modules", {})
-    modules.update({name: (*entry[:3], name) for name, entry in modules.items() if entry})
+    own = env.get_domain("py").modules  # those that have a place of their own on the API page
+    modules.update({name: (*entry[:3], name) for name, entry in modules.items() if entry and name in own})
 
 
 def setup(app: Sphinx) -> dict:
