@@ -1,5 +1,6 @@
 """The form of the chapters: code that fits, checks that are folded, goals at the head and their check at the end."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def test_checks_are_folded_under_one_title_and_print_nothing(chapter):
         assert "hide-input" in cell.metadata["tags"]
         assert cell.source.startswith("# @title Checks\n")
         assert "assert " in cell.source and "print(" not in cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_every_table_of_a_chapter_is_shown(chapter):
+    """A notebook shows the value of a cell's last expression; of one inside an `if` or before the last, it shows nothing."""
+    for source in code(chapter, folded=False) + code(chapter, folded=True):
+        tree = ast.parse(source)
+        shown = list(ast.walk(tree.body[-1])) if isinstance(tree.body[-1], ast.Expr | ast.FunctionDef) else []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "plots.table":
+                assert node in shown, ast.unparse(node)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
