@@ -46,7 +46,7 @@ def test_checks_are_folded_under_one_title_and_print_nothing(chapter):
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_every_table_of_a_chapter_is_shown(chapter):
-    """A notebook shows the value of a cell's last expression; of one inside an `if` or before the last, it shows nothing."""
+    """A notebook shows the value of a cell's last expression, and nothing of one before it or inside an `if`."""
     for source in code(chapter, folded=False) + code(chapter, folded=True):
         tree = ast.parse(source)
         shown = list(ast.walk(tree.body[-1])) if isinstance(tree.body[-1], ast.Expr | ast.FunctionDef) else []
