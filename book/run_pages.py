@@ -34,20 +34,20 @@ STOPPED, NOT_RUN = "the build was stopped", "this page was not run: `make book` 
 
 @dataclass
 class Page:
-    """A page with code: its name in _toc.yml, its file, and its cells."""
+    """A page with code: its name in _toc.yml, its file, its cells, and the place of the last code cell begun."""
 
     name: str
     path: Path
     notebook: nbformat.NotebookNode
+    last_cell: int
 
-    def last_cell(self) -> int:
-        """The place, among all cells, of the last code cell that was begun; of the first code cell if none was."""
-        code = [i for i, cell in enumerate(self.notebook.cells) if cell.cell_type == "code"]
-        return next((i for i in reversed(code) if self.notebook.cells[i].execution_count is not None), code[0])
+    def begin(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        """Note that a cell is sent to the kernel, which may die of it before it says so."""
+        self.last_cell = cell_index
 
     def where(self) -> str:
         """The last cell that was begun, in words: its number among the code cells, its line in the file, its code."""
-        last = self.last_cell()
+        last = self.last_cell
         number = sum(cell.cell_type == "code" for cell in self.notebook.cells[: last + 1])
         line = self.notebook.metadata["source_map"][last] + 1
         first = self.notebook.cells[last].source.strip().partition("\n")[0]
@@ -56,7 +56,7 @@ class Page:
     def show(self, name: str, text: str) -> None:
         """Let the page show an error where it stopped."""
         error = nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"])
-        self.notebook.cells[self.last_cell()].outputs.append(error)
+        self.notebook.cells[self.last_cell].outputs.append(error)
 
 
 @dataclass
@@ -79,8 +79,9 @@ def pages(root: Path) -> list[Page]:
         text = path.read_text() if path.exists() else ""
         if is_myst_markdown_notebook(text):
             notebook = read_myst_markdown_notebook(text, markdown, add_source_map=True, path=path)
-            if any(cell.cell_type == "code" for cell in notebook.cells):
-                found.append(Page(name, path, notebook))
+            code = [place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+            if code:
+                found.append(Page(name, path, notebook, code[0]))
     return found
 
 
@@ -130,8 +131,9 @@ def at_a_time() -> int:
 def execute(page: Page, timeout: float) -> Run:
     """Run the page's cells in a kernel of its own, in the page's folder; each cell may take timeout seconds."""
     start = time.monotonic()
+    options = {"cwd": str(page.path.parent), "timeout": timeout, "allow_errors": False, "on_cell_execute": page.begin}
     try:
-        result = single_nb_execution(page.notebook, cwd=str(page.path.parent), timeout=timeout, allow_errors=False)
+        result = single_nb_execution(page.notebook, **options)
     except Exception as error:  # the kernel did not start, or died
         page.show(type(error).__name__, str(error))
         return Run(page, time.monotonic() - start, f"{page.where()}: {type(error).__name__}: {error}", repr(error))
@@ -139,7 +141,7 @@ def execute(page: Page, timeout: float) -> Run:
         return Run(page, result.time)
     if isinstance(result.err, CellTimeoutError):
         page.show("Timeout", f"the cell took longer than {timeout} seconds, the limit of _config.yml")
-    error = page.notebook.cells[page.last_cell()].outputs[-1]
+    error = page.notebook.cells[page.last_cell].outputs[-1]
     text = error.evalue or line_of("\n".join(error.traceback))
     return Run(page, result.time, f"{page.where()}: {error.ename}: {text}", result.exc_string)
 
@@ -172,9 +174,9 @@ def unless(stop: threading.Event, page: Page, timeout: float) -> Run:
 
 def stopped(page: Page) -> Run:
     """The run of a page that did not take place, or not to its end: the page says so, and shows nothing else of it."""
-    for cell in page.notebook.cells:
+    for place, cell in reversed(list(enumerate(page.notebook.cells))):
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+            cell.outputs, cell.execution_count, page.last_cell = [], None, place
     page.show("NotRun", NOT_RUN)
     return Run(page, None, STOPPED)
 
