@@ -333,3 +333,29 @@ def test_an_installation_that_fails_shows_why_and_is_begun_again(tmp_path):
         assert done.returncode != 0
         assert "ERROR: nothing of this name" in done.stdout
         assert not (tmp_path / ".venv" / "bin" / "ready").exists()
+
+
+def test_a_second_build_leaves_the_slimmed_assets_and_a_changed_page_has_them_slimmed_again(book):
+    book.config["sphinx"]["local_extensions"]["weight"] = str(ROOT / "book" / "_ext")
+    book.config["sphinx"]["config"] = {
+        "extensions": [
+            "myst_nb",
+            "jupyter_book",
+            "sphinx_book_theme",
+            "sphinx_comments",
+            "sphinx_external_toc",
+            "sphinx-mathjax-offline",
+            "addresses",
+            "runs",
+            "status",
+            "weight",
+        ]
+    }
+    book.pages(a=["1 + 1"], b=["2 + 2"])
+    script = book.root / "_build" / "html" / "_static" / "scripts" / "fontawesome.js"
+    weights = []
+    for change in ("# Page", "# Page", "# Another title"):
+        book.change("a", "# Page", change)
+        assert book.make()[0] == 0
+        weights.append(script.stat().st_size)
+    assert weights[0] == weights[1] == weights[2] < 1000

@@ -96,6 +96,7 @@ def slim_icons(site: Path, static: Path) -> None:
     used = ICONS | {name for page in site.rglob("*.html") for name in re.findall(r"\bfa-[a-z0-9-]+", page.read_text())}
     sheet = static / "styles" / "pydata-sphinx-theme.css"
     css = sheet.read_text()
+    own = {ord(icon) for icon in re.findall(r"--pst-icon-[a-z-]+:\"(.)\"", css)}  # in the theme's rules, as characters
     glyphs: set[int] = set()
 
     def keep(rule: re.Match) -> str:
@@ -115,7 +116,7 @@ def slim_icons(site: Path, static: Path) -> None:
     for path in fonts.glob("*.woff2"):
         path.unlink()
     for path in kept:
-        _keep_glyphs(path, glyphs)
+        _keep_glyphs(path, glyphs | own)
 
 
 def _keep_glyphs(path: Path, glyphs: set[int]) -> None:
