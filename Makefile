@@ -15,8 +15,9 @@ book: $(BIN)/ready ## build the book; PAGES="04 11" runs no other pages
 pdf: $(BIN)/ready ## the built book as one PDF, for which it needs a Chromium
 	$(BIN)/python book/make_pdf.py
 
-test: book lint ## build the book, check style, run every test
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS := 1
+test: book lint ## build the book, check style, run every test, a file at a time on each core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_kernels_cuda.py
 
 lint: $(BIN)/ready ## ruff: style and format
