@@ -145,6 +145,7 @@ def best_tail(w, tails): return None
 }  # fmt: skip
 LOOKS_AROUND = """
 import gc, sys, types
+gc.unfreeze()
 names = list(sys.modules)
 assert "nf4lab.labs.feedback" not in names, "the comparing module is loaded"
 from nf4lab.labs import lab1

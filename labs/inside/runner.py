@@ -13,6 +13,7 @@ student's code runs. The cells' metadata is not looked at, so notebooks that los
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -71,6 +72,8 @@ def load(lab: str, readable: list[str]) -> None:
             setattr(sys.modules["nf4lab.labs"], f"lab{number}", empty)
     if lab in WARM:
         warm_up()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no fork looks through it for garbage, or copies its pages for that
 
 
 def _without_checks(name: str) -> types.ModuleType:

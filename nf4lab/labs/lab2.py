@@ -245,7 +245,13 @@ def _off(w: Tensor, block_size: int) -> Tensor:
 
 
 def _best_sizes(w: Tensor, budget: float) -> tuple[int, dict[str, int | float]]:
-    """The best block size, and what the likely mistakes take for it."""
+    """The best block size, and what the likely mistakes take for it; found once for every submission."""
+    return _best_sizes_of(w.numpy().tobytes(), budget)
+
+
+@functools.lru_cache(64)
+def _best_sizes_of(w: bytes, budget: float) -> tuple[int, dict[str, int | float]]:
+    w = torch.frombuffer(bytearray(w), dtype=torch.float32)
     n = w.numel()
     off = {B: _off(w, B).double() for B in SIZES}
     error = {B: off[B].square().mean().item() for B in SIZES}

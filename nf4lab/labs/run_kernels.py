@@ -14,6 +14,7 @@ import numpy as np
 from nf4lab.kernels.tracing import KernelMistake, Trace, trace, trace_body
 from nf4lab.labs.calls import Mistake, call, error_text, standing_in, usual_state
 
+SIMULATED = 128  # each check of a kernel has a launch that is no larger
 REMINDERS = {  # of what a question says, by the kind of mistake and the array's place among the arguments
     "dequantize": {
         ("bounds", 0): "some threads have no byte, and must do nothing",
@@ -43,12 +44,16 @@ def traced_body(body: Callable, kind: str, threads: int, arrays: list, block_siz
 
 
 def launched(kernel: Callable, blocks: int, threads: int, arrays: list, sources=None) -> dict | None:
-    """{"where", "arrays"} after kernel[blocks, threads] in the simulator or on the GPU; None where there is neither."""
+    """{"where", "arrays"} after kernel[blocks, threads] in the simulator or on the GPU; None where there is neither.
+
+    The simulator gets launches of at most SIMULATED threads: it takes three to eight times as long as the trace, which
+    has found the numbers already.
+    """
     from numba import cuda  # not at the top: the notebook decides first whether the simulator runs
 
-    if not cuda.is_available():
-        return None
     where = "the simulator" if "simulator" in cuda.jit.__module__ else "the GPU"
+    if not cuda.is_available() or (where == "the simulator" and blocks * threads > SIMULATED):
+        return None
     on_device = [cuda.to_device(array) for array in arrays]
     try:
         with _prepared(kernel, sources):
