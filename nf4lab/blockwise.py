@@ -187,9 +187,10 @@ def quantize(
         raise ValueError(f"format {format.name!r} has constants of one byte already; double_quant must be False")
     flat = x.detach().reshape(-1)
     n = flat.numel()
-    quantize_flat = backends.QUANTIZE[backends.choose(backend, x.device, x.dtype, n, format)]
+    backend = backends.choose(backend, x.device, x.dtype, n, format)
+    quantize_flat = backends.QUANTIZE[backend]
     if hessian is not None:
-        quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian)
+        quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian, by_kernel=backend == "cpu")
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))

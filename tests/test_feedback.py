@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import nf4lab
+from nf4lab.backends import feedback
 from nf4lab.beyond.calibration import calibrate
 from nf4lab.beyond.scaling import activation_scales
 from nf4lab.formats import FORMATS
@@ -45,6 +46,24 @@ def test_feedback_equals_optimal_brain_quantization(case, name):
     assert differing <= w.shape[1]
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("name", [*FORMATS, "nf4 searched", "uniform searched"])
+def test_the_kernel_gives_the_references_bits(name, block_size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    w = torch.randn(41, 128, generator=generator)
+    w[3], w[5, :64] = 0, w[5, :64] * 1e-42  # a row of zeros, and one whose scale has no reciprocal
+    w[7, ::3] = -0.0
+    format = FORMATS[name.removesuffix(" searched")]
+    format = format if name in FORMATS else format.searched()
+    parts = [
+        feedback.quantize(w.reshape(-1), format, block_size, shape=w.shape, hessian=x.T @ x, by_kernel=by_kernel)
+        for by_kernel in (False, True)
+    ]
+    for reference, kernel in zip(*parts, strict=True):
+        assert (reference is None and kernel is None) or torch.equal(reference, kernel)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "uniform", "bof4-s", "mxfp4", "nvfp4", "q4_0", "iq4_nl"])
 def test_a_hessian_lowers_the_output_error_of_every_format(case, name, double_quant):
@@ -55,6 +74,14 @@ def test_a_hessian_lowers_the_output_error_of_every_format(case, name, double_qu
     corrected = nf4lab.quantize(w, name, 32, double_quant, hessian=h)
     assert corrected.bits_per_weight == plain.bits_per_weight
     assert output_error(w, corrected.dequantize(), h) < 0.8 * output_error(w, plain.dequantize(), h)
+
+
+def test_corrections_past_the_tensors_scale_are_stored_as_its_greatest():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    w = torch.randn(41, 128, generator=generator).sign()
+    q = nf4lab.quantize(w, "nvfp4", 64, hessian=x.T @ x)
+    assert q.scale.max() == torch.finfo(torch.float8_e4m3fn).max and q.dequantize().isfinite().all()
 
 
 def test_uncorrelated_inputs_leave_nothing_to_correct():

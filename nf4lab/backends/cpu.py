@@ -93,18 +93,18 @@ def _constants(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor | 
     tensor_scale = format.scale_of_tensor(values)
     of_extremes = values is not flat and not format.search
     values, width = (values, 1) if of_extremes else (flat, block_size)
-    search = functools.partial(_search, format=format, block_size=block_size)
+    by_kernel = functools.partial(search, format=format, block_size=block_size)
 
     def run(first: int, last: int) -> list[tuple]:
         chunks = values[first * CHUNK : last * CHUNK].split(CHUNK)
         parts = [part for chunk in chunks for part in in_blocks(chunk, width)]
-        return [format.constants(part.float(), tensor_scale, search) for part in parts]
+        return [format.constants(part.float(), tensor_scale, by_kernel) for part in parts]
 
     runs = cpu.in_threads(run, -(-values.numel() // CHUNK), _threads())
     return *joined([part for run in runs for part in run]), tensor_scale
 
 
-def _search(blocks: Tensor, trials: Tensor, location: Tensor | None, *, format: Format, block_size: int) -> Tensor:
+def search(blocks: Tensor, trials: Tensor, location: Tensor | None, *, format: Format, block_size: int) -> Tensor:
     """What `Format.least_squares` returns, by a kernel."""
     from nf4lab.kernels import cpu
 

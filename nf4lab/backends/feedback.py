@@ -11,9 +11,13 @@ have taken up every earlier error. Rows are independent, and all go at once.
 Sources: Optimal Brain Surgeon (Hassibi and Stork, 1993); GPTQ (arXiv:2210.17323), section 3.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from nf4lab.backends import cpu
 from nf4lab.formats.format import Format
 from nf4lab.formats.packing import pack_checked
 
@@ -60,11 +64,13 @@ def feedback_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def quantize(
-    flat: Tensor, format: Format, block_size: int, *, shape: torch.Size, hessian: Tensor
+    flat: Tensor, format: Format, block_size: int, *, shape: torch.Size, hessian: Tensor, by_kernel: bool = False
 ) -> tuple[Tensor, ...] | None:
     """What `reference.quantize` gives for flat (out * in,), with error feedback within each row of w (out, in) = shape.
 
-    Damping is that of GPTQ. Raises ValueError as `check_hessian`, and where block_size does not divide the columns: a
+    Damping is that of GPTQ. by_kernel: whether numba goes through each block of columns, for a format that
+    `backends.cpu` takes; the bits are the same.
+    Raises ValueError as `check_hessian` and `Format.check_scale`, and where block_size does not divide the columns: a
     block that crosses rows has no order in which to correct it.
     """
     left = flat.reshape(shape).float().clone()  # what is still to be rounded, corrected so far
@@ -75,29 +81,74 @@ def quantize(
     if columns % block_size:
         raise ValueError(f"with a hessian, block_size must divide the {columns} columns; got {block_size}")
     factor, tensor_scale = feedback_factor(hessian.to(left.device)), format.scale_of_tensor(flat)
-    codes, constants = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
+    codes, kept = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
+    encode = _encode_by_kernel if by_kernel else _encode
+    search = functools.partial(cpu.search, format=format, block_size=block_size) if by_kernel else None
     for start in range(0, columns, block_size):
         here, rest = slice(start, start + block_size), slice(start + block_size, columns)
-        codes[:, here], error, stored = _encode_block(left[:, here], factor[here, here], format, tensor_scale)
+        constants = Constants.of(left[:, here].contiguous(), format, tensor_scale, search)
+        error = encode(left[:, here], factor[here, here].contiguous(), format, constants, codes[:, here])
         left[:, rest] -= error @ factor[here, rest]
-        constants.append(stored)
+        kept.append(constants.stored)
     scale, location = (
-        None if parts[0] is None else torch.stack(parts, dim=1).reshape(-1) for parts in zip(*constants, strict=True)
+        None if parts[0] is None else torch.stack(parts, dim=1).reshape(-1) for parts in zip(*kept, strict=True)
     )
+    format.check_scale(scale)
     return pack_checked(codes.reshape(-1), format.zero_code, format.code_bits), scale, location, tensor_scale
 
 
-def _encode_block(
-    block: Tensor, factor: Tensor, format: Format, tensor_scale: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
-    """Codes (out, block_size), errors over U_jj of the same shape, and the constants of one block a row."""
+class Constants(NamedTuple):
+    """Scale and location, float32 (rows,) or None, of one block a row: as stored, and as codes are made and read with.
+
+    They differ where a format makes codes with constants that are not rounded yet, or scales by the tensor's, too.
+    """
+
+    stored: tuple[Tensor, Tensor | None]
+    making: tuple[Tensor, Tensor | None]
+    reading: tuple[Tensor, Tensor | None]
+
+    @classmethod
+    def of(cls, block: Tensor, format: Format, tensor_scale: Tensor | None, search=None) -> "Constants":
+        """Those of block (rows, block_size) in a format; search as for `Format.constants`.
+
+        A weight that corrections took past the greatest that the tensor's scale reaches counts as that one.
+        """
+        if tensor_scale is not None:
+            reach = tensor_scale * torch.finfo(format.constants_dtype).max * abs(format.extreme)
+            block = block.clamp(-reach, reach)
+        stored, stored_location, scale, location = format.constants(block, tensor_scale, search)
+        reading = stored if tensor_scale is None else stored * tensor_scale
+        return cls((stored, stored_location), (scale, location), (reading, stored_location))
+
+
+def _encode(block: Tensor, factor: Tensor, format: Format, constants: Constants, codes: Tensor) -> Tensor:
+    """Codes of block (rows, block_size) into codes; returns the errors over U_jj, of the same shape."""
     block = block.T.contiguous()  # a column of w is a row here
-    stored, stored_location, scale, location = format.constants(block.T, tensor_scale)
-    decoding = stored if tensor_scale is None else stored * tensor_scale
-    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    errors = torch.empty_like(block)
     for j, column in enumerate(block):
-        codes[j] = format.codes_of(column[:, None], scale, location)[:, 0]
-        value = format.decode(codes[j][:, None], decoding, stored_location)[:, 0]
+        codes[:, j : j + 1] = format.codes_of(column[:, None], *constants.making)
+        value = format.decode(codes[:, j : j + 1], *constants.reading)[:, 0]
         errors[j] = (column - value) / factor[j, j]
         block[j + 1 :] -= factor[j, j + 1 :, None] * errors[j]
-    return codes.T, errors.T, (stored, stored_location)
+    return errors.T.contiguous()
+
+
+def _encode_by_kernel(block: Tensor, factor: Tensor, format: Format, constants: Constants, codes: Tensor) -> Tensor:
+    """`_encode` by numba."""
+    from nf4lab.kernels import feedback
+
+    # What is not shifted is shifted by zeros that change no bit, not even that of -0.0: x - 0.0 and x + -0.0.
+    pairs = [
+        torch.stack([scale, torch.full_like(scale, zero) if location is None else location]).numpy()
+        for (scale, location), zero in ((constants.making, 0.0), (constants.reading, -0.0))
+    ]
+    arrays = block.numpy(), factor.numpy(), _table(format), *pairs, codes.numpy()
+    return torch.from_numpy(feedback.encode_block(*arrays, torch.get_num_threads()))
+
+
+@functools.lru_cache(maxsize=64)
+def _table(format: Format) -> tuple:
+    from nf4lab.kernels import feedback
+
+    arrays = (part.numpy() for part in (format.boundaries, format.ascending, format.levels))
+    return feedback.level_table(*arrays, format.signed_zero)

@@ -31,11 +31,12 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
 
     def see(layer: nn.Module, inputs: tuple) -> None:
         name, x = names[id(layer)], inputs[0].detach().reshape(-1, layer.in_features).float()
-        moment = (x.T @ x).double()
-        if not moment.isfinite().all():
+        if not x.isfinite().all():
             raise ValueError(f"layer {name!r} was given an input that is not finite")
-        sums[name] = sums[name] + moment if name in sums else moment
-        counts[name] = counts.get(name, 0) + len(x)
+        if name not in sums:
+            sums[name], counts[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64), 0
+        sums[name] += x.T @ x  # in place: a matrix as wide as the layer is costlier to make than to add to
+        counts[name] += len(x)
 
     hooks = [layer.register_forward_pre_hook(see) for layer in model.modules() if id(layer) in names]
     n_batches = 0
