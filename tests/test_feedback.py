@@ -81,7 +81,7 @@ def test_corrections_past_the_tensors_scale_are_stored_as_its_greatest():
     x = torch.randn(1000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
     w = torch.randn(41, 128, generator=generator).sign()
     q = nf4lab.quantize(w, "nvfp4", 64, hessian=x.T @ x)
-    assert q.scale.max() == torch.finfo(torch.float8_e4m3fn).max and q.dequantize().isfinite().all()
+    assert q.stored_scale.max() == torch.finfo(torch.float8_e4m3fn).max and q.dequantize().isfinite().all()
 
 
 def test_uncorrelated_inputs_leave_nothing_to_correct():
