@@ -17,6 +17,7 @@ from sandbox import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 20 * 2**20  # of a notebook, without its outputs
+STARTING = 300  # seconds until a submission has everything loaded
 MOST_NOTES = 1000  # that a submission's process may tell
 MOST_ASKED_BACK = 100_000  # calls of other questions' functions in one question
 
@@ -109,7 +110,7 @@ class Conversation:
         else:
             server = sandbox.server(self.job.lab, self.job.programs)
             running, self.layers = server.start(task), list(server.layers)
-        self.line, self.end = Line(running.read, running.write), time.monotonic() + limits.seconds + 30
+        self.line, self.end = Line(running.read, running.write), time.monotonic() + STARTING
         try:
             self.talk(text)
         except Gone as gone:
@@ -224,7 +225,9 @@ class Conversation:
 
     def state(self, what: dict) -> None:
         """What the supervisor, which runs no student's code, has to say."""
-        self.layers += what.get("layers", [])
+        if "layers" in what:  # it has started: a container may take a minute until then
+            self.layers += what["layers"]
+            self.end = time.monotonic() + self.job.limits.seconds + 30
         self.peak, self.cpu = max(self.peak, what.get("peak", 0)), what.get("cpu", 0.0)
         if "ended" in what:
             self.ended = what["ended"] or ("" if self.finished or self.unreadable else "ended itself")

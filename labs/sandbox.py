@@ -217,7 +217,10 @@ def engine() -> str:
 
 
 def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, str]) -> Running:
-    """Run a submission in a container: no network, a root that cannot be written to. The image brings nf4lab."""
+    """Run a submission in a container, as nobody, without network, on a root that cannot be written to.
+
+    The image brings nf4lab.
+    """
     found, name = engine(), f"nf4lab-{uuid.uuid4().hex[:12]}"
     folder = Path(tempfile.mkdtemp(prefix="nf4lab-")).resolve()
     for file, text in texts.items():
@@ -226,7 +229,7 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
     own = environment(Path("/tmp/work")) | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
     task = task | {"folder": "/tmp/work", "readable": ["/programs", "/usr/local"], "environment": own}
     command = [
-        found, "run", "--rm", "-i", f"--name={name}", "--network=none", "--read-only",
+        found, "run", "--rm", "-i", f"--name={name}", "--network=none", "--read-only", "--user=65534:65534",
         "--tmpfs=/tmp:size=512m,mode=1777",
         "--cap-drop=ALL", "--security-opt=no-new-privileges", "--security-opt=label=disable",
         f"--memory={int(1.5 * limits.memory_bytes)}", f"--pids-limit={16 * limits.processes}",

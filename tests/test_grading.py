@@ -281,3 +281,30 @@ def test_a_missing_engine_is_an_outcome_not_a_crash(job, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     row = judge.grade_one("ada", b'{"cells": []}', replace(job, container="image"))
     assert row["outcome"].startswith("grader error: FileNotFoundError")
+
+
+def container_job(job):
+    """The job in a container of the image that the guide names; a skip where it is not there."""
+    try:
+        found = sandbox.engine()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if subprocess.run([found, "image", "inspect", "nf4lab-labs"], capture_output=True).returncode:
+        pytest.skip(f"{found} has no image nf4lab-labs: build it as labs/README.md says")
+    return found, replace(job, container="nf4lab-labs")
+
+
+def test_in_a_container_a_right_answer_earns_all_and_nothing_of_the_host_is_in_sight(job):
+    _, inside = container_job(job)
+    row = judge.grade_one("host", as_bytes(preceded("lab1", attacks.looks_for_host(ROOT))), inside)
+    assert (row["score"], row["errors"]) == (20, []), row
+    assert row["peak_mb"] > 100  # what the submission takes, not the engine's client
+
+
+def test_a_container_is_ended_with_what_it_runs(job):
+    found, inside = container_job(job)
+    short = replace(inside, limits=replace(LIMITS, seconds=15))
+    row = judge.grade_one("stubborn", as_bytes(preceded("lab1", lab_submissions.STUBBORN)), short)
+    assert row["outcome"] == "time limit (15 s)", row
+    left = subprocess.run([found, "ps", "--format={{.Names}}"], capture_output=True, text=True).stdout
+    assert "nf4lab-" not in left

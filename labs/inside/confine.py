@@ -46,16 +46,17 @@ PROGRAMS = {
 
 
 def confine(
-    folder: Path, readable: list[str], memory_bytes: int, seconds: int, waits: Callable[[int], None]
+    folder: Path, readable: list[str], memory_bytes: int, seconds: int, spaces: bool, waits: Callable[[int], None]
 ) -> list[str]:
     """Shut this process in, and name the layers that hold.
 
     folder: where it may write; made where it is missing, with a `tmp` in it.
     readable: folders that it may read besides the system's.
+    spaces: whether to take namespaces of its own (`namespaces_work`).
     waits: what the parent does, with the child's number, when it comes back in a child (namespaces need that); the
     parent ends after it. Call it before any thread runs.
     """
-    spaces = own_namespaces(waits, readable)
+    in_child(waits, readable, spaces)
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     limit(memory_bytes, seconds)
     return ["limits", *(["namespaces"] if spaces else []), *(["landlock"] if landlock(folder, readable) else [])]
@@ -74,21 +75,39 @@ def limit(memory_bytes: int, seconds: int) -> None:
         resource.setrlimit(what, (min(most, hard) if hard != resource.RLIM_INFINITY else most,) * 2)
 
 
-def own_namespaces(waits: Callable[[int], None], readable: list[str]) -> bool:
-    """Leave the network, the processes and the files that others write, in a child; False where that is not allowed.
+def namespaces_work() -> bool:
+    """Whether a process may have namespaces of its own here, tried in one that ends after it.
 
-    Where it is not, a child is started all the same, so that `waits` watches over one.
+    A system may allow them and refuse what makes them useful: user 0 of a container without rights can't be mapped,
+    and some distributions let nobody mount in them.
     """
-    spaces, uid, gid, libc = False, os.getuid(), os.getgid(), None
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        spaces = libc.unshare(NEWUSER | NEWPID | NEWNET | NEWNS | NEWIPC) == 0
-    if spaces:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with contextlib.suppress(
-                OSError
-            ):  # without it the process sees itself as nobody; it is shut in all the same
-                Path(f"/proc/self/{name}").write_text(text)
+    if sys.platform != "linux":
+        return False
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            libc = leave_namespaces()
+            os._exit(1 if libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m") else 0)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def leave_namespaces() -> ctypes.CDLL:
+    """Leave the network, the users, the IPC and the mounts; children leave the processes. The C library.
+
+    Raises OSError where that is not allowed.
+    """
+    uid, gid, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEWUSER | NEWPID | NEWNET | NEWNS | NEWIPC):
+        raise OSError(ctypes.get_errno(), "no namespaces")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+    return libc
+
+
+def in_child(waits: Callable[[int], None], readable: list[str], spaces: bool) -> None:
+    """Come back in a child of this process, which `waits` for it; with namespaces it sees nobody else's files."""
+    libc = leave_namespaces() if spaces else None
     child = os.fork()
     if child:
         waits(child)
@@ -98,7 +117,6 @@ def own_namespaces(waits: Callable[[int], None], readable: list[str]) -> bool:
     if spaces:
         own_mounts(libc, readable)
         drop_rights(libc)
-    return spaces
 
 
 def own_mounts(libc: ctypes.CDLL, readable: list[str]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import runner
-from confine import confine, die_with_parent
+from confine import confine, die_with_parent, namespaces_work
 from wire import KILL, STATE, VALUE, Line
 
 
@@ -131,8 +131,8 @@ def usage(pid: int, most: int) -> tuple[int, int]:
     return len(processes), used
 
 
-def run(task: dict, grader: Line) -> None:
-    """One submission from beginning to end; returns in no process."""
+def run(task: dict, grader: Line, spaces: bool) -> None:
+    """One submission from beginning to end; returns in no process. spaces: whether it gets namespaces of its own."""
     mine, its = socket.socketpair()
     mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 20, 0))  # a runner that does not listen
     line = Line(its.fileno(), its.fileno())
@@ -145,7 +145,7 @@ def run(task: dict, grader: Line) -> None:
         os.environ.clear()
         os.environ.update(task["environment"])
         folder = Path(task["folder"])
-        layers = confine(folder, task["readable"], task["memory_bytes"], task["seconds"], waits)
+        layers = confine(folder, task["readable"], task["memory_bytes"], task["seconds"], spaces, waits)
         mine.close()
         grader.send(STATE, json.dumps({"layers": layers}).encode())
         grader.close()
@@ -172,6 +172,7 @@ def serve(task: dict) -> None:
     """
     grader = socket.socket(fileno=os.dup(0))
     own_line()
+    spaces = namespaces_work()
     runner.load(task["lab"], task["readable"])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     grader.send(b"ready")
@@ -184,16 +185,16 @@ def serve(task: dict) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
             die_with_parent()
-            run(json.loads(message), Line(*ends))
+            run(json.loads(message), Line(*ends), spaces)
         for end in ends:
             os.close(end)
 
 
 def alone(task: dict) -> None:
     """Run one submission, with the grader at standard input and output."""
-    line = own_line()
+    line, spaces = own_line(), namespaces_work()
     runner.load(task["lab"], task["readable"])
-    run(task, line)
+    run(task, line, spaces)
 
 
 if __name__ == "__main__":
