@@ -18,13 +18,14 @@ from gpu import PACKAGES
 from provenance import provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
+TESTS = ["tests/test_kernels_cuda.py", "tests/test_prepared.py"]
 LEFT_OUT = "not 2_to_the_31 and not two_to_the_31 and not threads and not compile and not graph and not capture"
 
 
 def check(tool, expression, limit_s):
     """The tool's summary line, pytest's, and how long both took."""
     command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", sys.executable, "-m", "pytest", "-q"]
-    command += ["-p", "no:cacheprovider", "tests/test_kernels_cuda.py", "-k", expression]
+    command += ["-p", "no:cacheprovider", *TESTS, "-k", expression]
     start = datetime.datetime.now()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
