@@ -110,7 +110,7 @@ def test_questions_stand_in_order_and_hidden_checks_tell_only_certain_causes():
     assert "SECRET" not in text and text.count("Cause: codes count from 0.") == 3
 
 
-@pytest.mark.parametrize("lab", ["lab1", "lab2", "lab3", "lab4", "lab5"])
+@pytest.mark.parametrize("lab", ["lab1", "lab2", "lab3", "lab4", "lab5", "lab6"])
 def test_a_cause_is_a_constant_sentence_so_that_it_carries_no_data(lab):
     source = (ROOT / "nf4lab" / "labs" / f"{lab}.py").read_text()
     assert not re.findall(r'^ {8,}f"[^"]*": ', source, re.MULTILINE)

@@ -1,0 +1,16 @@
+"""Made from labs/lab6/master.md by `make labs`."""
+
+import torch
+
+import nf4lab
+from nf4lab.labs import feedback, lab6
+from nf4lab.labs.feedback import test_case
+
+OK_FORMAT = False
+
+name = "q5"
+points = None
+
+@test_case(points=1, hidden=False)
+def of_one_step(env):
+    lab6.check_pass_on(feedback.given(env, 'pass_on'), 5)
