@@ -135,3 +135,12 @@ TEACHING = {
 @pytest.mark.parametrize("name", TEACHING)
 def test_earlier_versions_link_even_for_the_oldest_gpu(name):
     assert_lean(*ptx_and_local_bytes(*TEACHING[name], (7, 5)))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_dequantize_v1_loads_its_second_level_only_after_its_first_store(capability):
+    """As chapter 7 says: the compiler can't know that the output is not the table."""
+    ptx, _ = ptx_and_local_bytes(dequantize_kernels.v1, dequantize_types(HALF), capability)
+    steps = re.findall(r"\b(ld|st)\.(?:global\.)?(u8|b8|f32|b32|u16|b16)\b", ptx)
+    kinds = [move for move, width in steps if (move, width[1:]) in (("ld", "32"), ("st", "16"))]
+    assert kinds == ["ld", "ld", "st", "ld", "st"]  # absmax and a level, its value, the other level, its value
