@@ -1,12 +1,19 @@
 """4-bit NormalFloat, from its levels to its kernels: the package behind the book."""
 
+import os
 import re
+import signal
 import sys
 
 __version__ = "0.1.0"
-if re.fullmatch(r"(.*[/\\])?nf4lab(\.exe)?\0--version", "\0".join(sys.orig_argv[-2:])):
-    print(f"nf4lab {__version__}")  # here, since all that follows imports torch, which takes seconds
-    sys.exit()
+if re.fullmatch(r"(.*[/\\])?nf4lab(\.exe)?", "".join(sys.orig_argv[-len(sys.argv) :][:1])):
+    # The command line is served here already, since all that follows imports torch, which takes seconds.
+    if sys.argv[1:] == ["--version"]:
+        print(f"nf4lab {__version__}")
+        sys.exit()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the work begins, Ctrl-C ends at once
+        said = b"nf4lab: interrupted; nothing was left behind\n"
+        signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, said), os._exit(128 + number)))
 
 from nf4lab.beyond.calibration import calibrate
 from nf4lab.beyond.rotation import hadamard

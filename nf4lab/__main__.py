@@ -52,16 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _listen() -> dict:
-    """Have the signals that ask for an end raise Stopped; returns the handlers before. Only a main thread can."""
+    """Have the signals that ask for an end raise Stopped, and Ctrl-C KeyboardInterrupt; returns the handlers before.
+
+    Only a main thread can. What is ignored stays so: nohup ignores SIGHUP, a shell's background jobs SIGINT.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
 
     def stop(number, frame):
         raise Stopped(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    return {number: signal.signal(number, stop) for number in heard}
+    handlers = {"SIGINT": signal.default_int_handler, "SIGTERM": stop, "SIGHUP": stop}
+    known = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    heard = {n: handler for n, handler in known.items() if signal.getsignal(n) is not signal.SIG_IGN}
+    return {number: signal.signal(number, handler) for number, handler in heard.items()}
 
 
 def _show_warning(message, category, filename, line, file=None, text=None) -> None:

@@ -207,16 +207,42 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
         nf4lab.save_quantized(tmp_path / "a.safetensors", {"a": torch.ones(100)})
 
 
+HALF_IMPORTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":  # the import that takes longest
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.orig_argv, sys.argv = [sys.executable, *sys.argv[1:]], sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import nf4lab
+"""
+
+
+@pytest.mark.parametrize("program", ["nf4lab", "/usr/bin/nf4lab"])
+def test_ctrl_c_while_the_command_imports_is_one_line(program):
+    command = [sys.executable, "-c", HALF_IMPORTED, program, "inspect", "in.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "nf4lab: interrupted; nothing was left behind\n")
+
+
+def test_ctrl_c_while_another_program_imports_is_that_programs_own():
+    done = subprocess.run([sys.executable, "-c", HALF_IMPORTED, "other", "nf4lab"], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
+
+
 RANDOM = """
 import random, sys, nf4lab.checkpoints.convert as convert
 from nf4lab.__main__ import main
 write, calls, when = convert.quantize, [], int(sys.argv[1])
-def slow(*arguments):
+def slow(*arguments, **named):
     calls.append(1)
     if len(calls) == when:
         print("now", flush=True)
         sys.stdin.readline()
-    return write(*arguments)
+    return write(*arguments, **named)
 convert.quantize = slow
 sys.exit(main(["quantize", *sys.argv[2:], "--quiet", "--max-shard-size", "20KB"]))
 """

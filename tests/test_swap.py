@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -372,6 +373,18 @@ def test_gpt_2s_transposed_layers_answer_as_with_their_dequantized_weights():
         lambda layer: layer.weight.data.__iadd__(1),
         lambda layer: torch.add(layer.weight, 1, out=layer.weight),
         lambda layer: setattr(layer.weight, "data", torch.ones(32, 16)),
+        lambda layer: layer.weight[0].zero_(),
+        lambda layer: layer.weight.data[0].zero_(),
+        lambda layer: layer.weight[0].__setitem__(0, 1.0),
+        lambda layer: layer.weight.T[1:].mul_(2),
+        lambda layer: layer.weight.detach().zero_(),
+        lambda layer: layer.weight.chunk(2)[1].fill_(1),
+        lambda layer: next(iter(layer.weight)).zero_(),
+        lambda layer: torch.transpose(layer.weight, 0, 1).zero_(),
+        lambda layer: torch.add(layer.weight[0], 1, out=layer.weight[0]),
+        lambda layer: nn.init.normal_(layer.weight),
+        lambda layer: nn.init.normal_(tensor=layer.weight[:2]),
+        lambda layer: torch._foreach_zero_([layer.weight[0]]),
     ],
 )
 def test_what_is_written_to_a_decoded_weight_is_refused_and_not_lost(write):
@@ -381,6 +394,14 @@ def test_what_is_written_to_a_decoded_weight_is_refused_and_not_lost(write):
     with pytest.raises(RuntimeError, match="what is written to it would be lost"):
         write(model[0])
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("array_of", [lambda w: w.numpy(), np.asarray, lambda w: w[0].numpy()])
+def test_an_array_of_a_decoded_weight_is_not_writeable(array_of):
+    model = nn.Sequential(nn.Linear(16, 32))
+    nf4lab.quantize_model_(model)
+    with pytest.raises(ValueError, match="read-only"):
+        array_of(model[0].weight).fill(0)
 
 
 def test_what_is_made_of_a_decoded_weight_is_plain():
@@ -394,6 +415,8 @@ def test_what_is_made_of_a_decoded_weight_is_plain():
         nn.functional.linear(x, w),
         copy.deepcopy(w),
         pickle.loads(pickle.dumps(w)),
+        w[0].clone(),
+        w[:2].half(),
     ):
         assert type(made) is torch.Tensor
     nn.functional.linear(x, w).sum().backward()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from nf4lab.backends import choose as choose_backend
 from nf4lab.blockwise import DTYPES, quantize
 from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, skip_modules
 from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
@@ -114,19 +115,23 @@ def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | No
     place = {name: file for file in files for name in file.entries}
     with writing(path, shard.room, shard.metadata) as out:
         for name, action in shard.tensors:
-            _add_tensor(place[name], name, out, how, action)
+            _add_tensor(place[name], name, out, how, action, shard.nbytes)
             if bar is not None:
                 bar.update(place[name].entries[name].nbytes)
     return {name: entry.nbytes for name, entry in out.entries.items()}
 
 
-def _add_tensor(file: TensorFile, name: str, out, how: How, action: str) -> None:
-    """Write one tensor, as the action says. Its locals are gone before the next one is read."""
+def _add_tensor(file: TensorFile, name: str, out, how: How, action: str, nbytes: int) -> None:
+    """Write one tensor, as the action says. Its locals are gone before the next one is read.
+
+    nbytes: of all that is read for the file. Many small tensors are worth what loading a kernel takes, as a large one.
+    """
     tensor = file.read(name)
     if action != "copy":
-        tensor = tensor.T if action == "transpose" else tensor
+        tensor = (tensor.T if action == "transpose" else tensor).to(how.device)
+        backend = choose_backend(None, tensor.device, tensor.dtype, nbytes // tensor.itemsize, how.format)
         try:
-            tensor = quantize(tensor.to(how.device), how.format, how.block_size, how.double_quant)
+            tensor = quantize(tensor, how.format, how.block_size, how.double_quant, backend=backend)
         except ValueError as error:
             raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
     for key, part in parts_of(name, tensor).items():

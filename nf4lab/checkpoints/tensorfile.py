@@ -21,6 +21,7 @@ from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
 from nf4lab.checkpoints.partial import appearing_whole
 
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+as_json = json.JSONEncoder(ensure_ascii=False).encode
 FRAME = ':{"dtype":"F8_E4M3","shape":,"data_offsets":[,]},'  # what stands around a header's names and numbers
 # How files begin that are mistaken for safetensors, and what they are.
 BEGINNINGS = {
@@ -198,11 +199,11 @@ class TensorWriter:
     def finish(self, metadata: dict[str, str]) -> None:
         """Write the header into the room that was left for it."""
         entries = (
-            f'{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{DTYPE_NAMES[e.dtype]}","shape":{list(e.shape)},'
+            f'{as_json(name)}:{{"dtype":"{DTYPE_NAMES[e.dtype]}","shape":{list(e.shape)},'
             f'"data_offsets":[{e.start},{e.stop}]}}'
             for name, e in self.entries.items()
         )
-        first = f'"__metadata__":{json.dumps(metadata, ensure_ascii=False)}'
+        first = f'"__metadata__":{as_json(metadata)}'
         text = f"{{{','.join((first, *entries))}}}".encode()
         if len(text) > self._header_bytes:
             raise RuntimeError(f"the header takes {len(text)} bytes; room was left for {self._header_bytes}")
@@ -215,7 +216,7 @@ def header_room(entries: Iterable[int], metadata: dict[str, str]) -> int:
 
     Raises ValueError for more than a reader takes.
     """
-    room = len(json.dumps(metadata, ensure_ascii=False).encode()) + 32 + sum(entries)
+    room = len(as_json(metadata).encode()) + 32 + sum(entries)
     if room > LARGEST_HEADER:
         raise ValueError(f"a header of {room:,} bytes is more than readers of safetensors take, {LARGEST_HEADER:,}: "
                          "write several files")  # fmt: skip
@@ -224,7 +225,7 @@ def header_room(entries: Iterable[int], metadata: dict[str, str]) -> int:
 
 def entry_room(name: str, shape: tuple[int, ...], data_bytes: int) -> int:
     """Bytes that suffice for the entry of a tensor, or of one no larger, in a file with so many bytes of data."""
-    name_bytes = len(json.dumps(name, ensure_ascii=False).encode())
+    name_bytes = len(as_json(name).encode())
     return name_bytes + len(FRAME) + len(str(shape)) + 2 * len(str(data_bytes))
 
 

@@ -49,9 +49,8 @@ class DoubleQuant:
         n = constants.numel()
         offset = constants.mean() if self.centred and n else None
         centred = constants if offset is None else constants - offset
-        groups = F.pad(centred, (0, -n % self.group_size)).reshape(-1, self.group_size)
-        codes, group_absmax, _ = MAPS[self.map].encode(groups)
-        stored = pack_checked(codes.reshape(-1)[:n], 0, MAPS[self.map].code_bits)
+        codes, group_absmax, _ = MAPS[self.map].encode_flat(centred, self.group_size)
+        stored = pack_checked(codes, 0, MAPS[self.map].code_bits)
         return QuantizedConstants(stored, group_absmax, offset, n, self)
 
 

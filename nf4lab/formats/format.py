@@ -36,7 +36,7 @@ class _Levels:
 
 
 class Tables(NamedTuple):
-    """What a format looks up, on one device: levels by code, boundaries, and the codes in ascending order."""
+    """What a format looks up, on one device: levels by code, boundaries, and the codes (uint8) in ascending order."""
 
     levels: Tensor
     boundaries: Tensor
@@ -151,7 +151,7 @@ class Format:
 
         -0.0 stands before 0.0.
         """
-        return self._on_cpu.ascending.clone()
+        return self._on_cpu.ascending.long()
 
     @cached_property
     def _on_cpu(self) -> Tables:
@@ -161,7 +161,8 @@ class Format:
         midpoints = (levels[:-1] + levels[1:]) / 2
         goes_up = {"down": False, "up": True, "even": ascending[1:] % 2 == 0}[self.ties]
         below = midpoints.nextafter(torch.full_like(midpoints, -torch.inf))
-        return Tables(self._levels, torch.where(torch.as_tensor(goes_up, device="cpu"), below, midpoints), ascending)
+        boundaries = torch.where(torch.as_tensor(goes_up, device="cpu"), below, midpoints)
+        return Tables(self._levels, boundaries, ascending.to(torch.uint8))
 
     def tables(self, device: torch.device) -> Tables:
         """Levels, boundaries and codes on a device, not to be changed: copied once, since a copy waits for the GPU."""
@@ -182,7 +183,7 @@ class Format:
         if self.signed_zero:  # no comparison tells -0.0 from 0.0, so it takes the place of the number below zero
             normalized = torch.where((normalized == 0) & normalized.signbit(), -LEAST, normalized)
         tables = self.tables(normalized.device)
-        return tables.ascending.to(torch.uint8)[torch.bucketize(normalized, tables.boundaries, out_int32=True)]
+        return tables.ascending[torch.bucketize(normalized, tables.boundaries, out_int32=True)]
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes and constants of blocks: float32 (n_blocks, block_size) to (codes, scale, location).

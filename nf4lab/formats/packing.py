@@ -39,6 +39,8 @@ def pack(codes: Tensor, pad: int = 0, bits: int = 4) -> Tensor:
 
 def pack_checked(codes: Tensor, pad: int, bits: int) -> Tensor:
     """`pack` for codes (n,) that are known to be right: it does not look at them, which on a GPU would wait."""
+    if bits == 8:
+        return codes
     count, nbytes = _group(bits)
     groups = F.pad(codes, (0, -len(codes) % count), value=pad).reshape(-1, count)
     if nbytes > 1:

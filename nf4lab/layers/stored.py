@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nf4lab.blockwise import QuantizedTensor
 from nf4lab.checkpoints.keys import from_parts, parts_of
@@ -102,18 +104,30 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class Decoded(Tensor):
-    """A weight as it decodes, to be read: what is made of it are plain tensors, and writing to it is a RuntimeError."""
+    """A weight as it decodes, to be read: writing to it, or to a view of it, is a RuntimeError.
+
+    What shares its memory is marked like it, arrays of NumPy as not writeable; all else that is made of it is plain.
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """Do what the function does, unless it would write to a decoded weight."""
-        kwargs, own = kwargs or {}, bool(args) and isinstance(args[0], cls)
-        if (own and _writes(function)) or isinstance(kwargs.get("out"), cls):
+        kwargs = kwargs or {}
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        written = [kwargs.get("out"), first if _writes(function) else None]
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
             raise RuntimeError("a 4-bit layer's weight is decoded when read: what is written to it would be lost; "
                             "write to weight.clone(), and quantize that")  # fmt: skip
         with torch._C.DisableTorchFunctionSubclass():
             made = function(*args, **kwargs)
-        return made.as_subclass(cls) if own and function == Tensor.data.__get__ else made
+            if function == Tensor.as_subclass:
+                return made
+            memory = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
+            return tree_map(lambda leaf: _marked(leaf, memory, cls), made)
+
+    def __iter__(self):
+        """Its rows, marked as it is."""
+        return iter(self.unbind(0))
 
     def __deepcopy__(self, memo):
         """Copied it is a plain tensor."""
@@ -122,6 +136,20 @@ class Decoded(Tensor):
     def __reduce_ex__(self, protocol):
         """Pickled it is a plain tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What two tensors have in common that share memory, on any device."""
+    return tensor.untyped_storage()._cdata
+
+
+def _marked(made, memory: set[int], cls: type):
+    """What was made of a decoded weight, marked where it shares its memory."""
+    if isinstance(made, Tensor) and made.layout == torch.strided and _memory(made) in memory:
+        return made.as_subclass(cls)
+    if isinstance(made, np.ndarray):
+        made.flags.writeable = False
+    return made
 
 
 def _writes(function) -> bool:
