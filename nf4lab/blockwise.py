@@ -218,8 +218,7 @@ def dequantize(
     if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}")
     dtype = dtype or (q.dtype if out is None else out.dtype)
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}")
+    check_dtype(dtype)
     if out is None:
         target = backends.empty(q.numel, dtype, q.packed.device).reshape(q.shape)
     else:
@@ -228,6 +227,12 @@ def dequantize(
     dequantize_parts = backends.DEQUANTIZE[backends.choose(backend, target.device, dtype, q.numel, q.format)]
     dequantize_parts(q.packed, q.stored_scale, q.stored_location, q.tensor_scale, q.format, q.block_size, target)
     return target
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError unless a QuantizedTensor can be decoded to dtype."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}")
 
 
 def _at(constants: Tensor | QuantizedConstants | None, blocks: Tensor) -> Tensor | None:

@@ -5,9 +5,13 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -340,6 +344,40 @@ def test_a_cluster_writes_the_same_bytes_and_survives_a_worker(tmp_path):
         )
     here, there = (sorted((tmp_path / name).iterdir()) for name in ("here", "there"))
     assert [path.name for path in here] == [path.name for path in there] and len(here) > 3
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(here, there, strict=True))
+
+
+def file_of(pid):
+    """The shard that a process is writing, or None."""
+    with suppress(OSError):  # the process, or its file, is gone
+        for link in map(os.readlink, Path(f"/proc/{pid}/fd").iterdir()):
+            if link.endswith(".partial"):
+                return link
+    return None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here to tell which file a process has open")
+def test_a_shard_whose_worker_is_killed_while_it_writes_is_written_by_another(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    torch.manual_seed(0)
+    tensors = {f"{k}.weight": torch.randn(64, 64) for k in range(6000)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / "here", max_shard_size="5MB")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        pids = client.run(os.getpid).values()
+        how = {"max_shard_size": "5MB", "scheduler": cluster.scheduler_address}
+        run = pool.submit(nf4lab.quantize_checkpoint, tmp_path / "in.safetensors", tmp_path / "there", **how)
+        killed = None
+        while killed is None and not run.done():
+            killed = next((pid for pid in pids if file_of(pid)), None)
+        os.kill(killed, signal.SIGKILL)
+        run.result()
+    here, there = (sorted((tmp_path / name).iterdir()) for name in ("here", "there"))
+    assert [path.name for path in here] == [path.name for path in there] and len(here) > 2
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(here, there, strict=True))
 
 

@@ -123,6 +123,13 @@ def test_quantizing_goes_from_file_to_file_no_more_than_it_must():
     assert walk(lambda: nf4lab.quantize(x, backend="torch")).counts[2] <= 8
 
 
+@pytest.mark.parametrize(("size", "most"), [(512, 4), (64, 9)])  # by a kernel, by the reference
+def test_a_forward_pass_goes_from_file_to_file_no_more_than_it_must(size, most):
+    layer, x = nf4lab.Linear4bit.from_linear(torch.nn.Linear(size, size)), torch.ones(3, size)
+    layer(x)  # what is made ready once
+    assert walk(lambda: layer(x)).counts[2] <= most
+
+
 def test_importing_the_package_loads_neither_scipy_stats_nor_numba_nor_matplotlib():
     script = (
         "import sys, nf4lab; print(sorted({'scipy.stats', 'numba', 'matplotlib', 'transformers'} & set(sys.modules)))"

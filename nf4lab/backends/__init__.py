@@ -20,13 +20,16 @@ DEQUANTIZE = {"torch": reference.dequantize, "cpu": cpu.dequantize, "cuda": cuda
 __all__ = ["CPU_FROM", "DEQUANTIZE", "QUANTIZE", "choose", "empty", "prepare"]
 
 
-def prepare(packed, stored_scale, format, shape, block_size, dtype):
+def prepare(packed, stored_scale, stored_location, tensor_scale, format, shape, block_size, dtype):
     """(gemv, fill): what multiplies by this matrix (n, k) and what writes it out, both ready to be called often.
 
     gemv(x, bias, out, rows) serves 1 to gemv.rows rows of contiguous x; fill(out) takes a contiguous out. Both are of
-    dtype, on packed's device, and hold addresses: the tensors must stay alive, and where they are. (None, None) where
-    the backend has nothing that it can make ready.
+    dtype, on packed's device, and hold addresses: the tensors must stay alive, and where they are. None where the
+    backend has nothing that it can make ready: the CPU has no gemv.
     """
-    if choose(None, packed.device, dtype, shape[0] * shape[1], format) == "cuda":
+    chosen = choose(None, packed.device, dtype, shape[0] * shape[1], format)
+    if chosen == "cuda":
         return cuda.prepare(packed, stored_scale, format, shape, block_size, dtype)
+    if chosen == "cpu" and tensor_scale is None:
+        return None, cpu.prepare(packed, stored_scale, stored_location, format, block_size, dtype)
     return None, None

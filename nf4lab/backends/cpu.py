@@ -67,6 +67,30 @@ def dequantize(
     )  # fmt: skip
 
 
+def prepare(packed: Tensor, scale, location, format: Format, block_size: int, dtype: torch.dtype):
+    """fill(out) as `nf4lab.backends.prepare` describes it; None where a part has to be decoded or packed anew first."""
+    parts = [part for part in (packed, scale, location) if part is not None]
+    if format.code_bits < 4 or not all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
+        return None
+    from nf4lab.kernels import cpu
+
+    packed, scale, location = (_array(None) if part is None else _borrowed(part) for part in (packed, scale, location))
+    pairs, kind = _dequantize_table(format), _kind(dtype)
+
+    def fill(out: Tensor) -> None:
+        cpu.dequantize(packed, pairs, scale, location, block_size, kind, _array(out), _threads())
+
+    return fill
+
+
+def _borrowed(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor as an array that does not keep it alive."""
+    if not tensor.numel():
+        return _array(tensor)
+    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, dtype=_array(tensor[:0]).dtype)
+
+
 def _normalization(format: Format) -> int:
     """Which constants the kernel makes itself: those of float32 absmax and min-max. Others are given to it."""
     from nf4lab.kernels import cpu
@@ -152,13 +176,13 @@ def _threads() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor (n,). A large one on the CPU asks Linux for pages of 2 MiB.
+def empty(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor. A large one on the CPU asks Linux for pages of 2 MiB.
 
     Memory fresh from the system is handed out and cleared page by page, when it is first written; in pages of 4 KiB
     that takes several times as long as writing it.
     """
-    tensor = torch.empty(n, dtype=dtype, device=device)
+    tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type != "cpu" or tensor.nbytes < HUGE_PAGES_FROM or torch.compiler.is_compiling():
         return tensor
     if hasattr(mmap, "MADV_HUGEPAGE"):

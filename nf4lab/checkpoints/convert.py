@@ -24,7 +24,7 @@ from nf4lab.checkpoints.partial import folder_appearing_whole, leftovers, remove
 from nf4lab.checkpoints.plan import How, Shard, bytes_of, plan
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile, writing
 from nf4lab.choice import EXCLUDED, NOT_INCLUDED, Candidate, choose, warn_of_the_rest
-from nf4lab.formats import FORMATS, Format
+from nf4lab.formats import FORMATS, Format, as_format
 from nf4lab.formats.double_quant import DoubleQuant
 from nf4lab.progress import progress_bar
 
@@ -129,7 +129,7 @@ def _add_tensor(file: TensorFile, name: str, out, how: How, action: str, nbytes:
     tensor = file.read(name)
     if action != "copy":
         tensor = (tensor.T if action == "transpose" else tensor).to(how.device)
-        backend = choose_backend(None, tensor.device, tensor.dtype, nbytes // tensor.itemsize, how.format)
+        backend = choose_backend(None, tensor.device, tensor.dtype, nbytes // tensor.itemsize, as_format(how.format))
         try:
             tensor = quantize(tensor, how.format, how.block_size, how.double_quant, backend=backend)
         except ValueError as error:

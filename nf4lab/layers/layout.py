@@ -72,16 +72,21 @@ def shape_of(layout: str) -> torch.Size:
 
 def rebuilt(stored: list[Tensor], layout: str, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
     """The QuantizedTensor whose tensors are `stored`; nothing is copied."""
-    names, format, shape, block_size, schemes = read_layout(layout)
+    *parts, tensor_scale = parts_of(stored, layout)
+    _, format, shape, block_size, _ = read_layout(layout)
+    return QuantizedTensor(*parts, format, shape, dtype, block_size, tensor_scale)
+
+
+def parts_of(stored: list[Tensor], layout: str) -> tuple:
+    """(packed, scale, location, tensor_scale) as a QuantizedTensor has them, made of its tensors."""
+    names, _, shape, block_size, schemes = read_layout(layout)
     found = dict(zip(names, stored, strict=True))
     n_blocks = -(-shape.numel() // block_size)
     scale, location = (
         found.get(kind) if scheme is None else _constants(found, kind, n_blocks, scheme)
         for kind, scheme in zip(KINDS, schemes, strict=True)
     )
-    return QuantizedTensor(
-        found["packed"], scale, location, format, shape, dtype, block_size, found.get("tensor_scale")
-    )  # fmt: skip
+    return found["packed"], scale, location, found.get("tensor_scale")
 
 
 def _constants(found: dict[str, Tensor], kind: str, n: int, scheme: DoubleQuant) -> QuantizedConstants:

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
 from nf4lab.formats import Format
 from nf4lab.formats.double_quant import DoubleQuant
-from nf4lab.layers.ops import linear
-from nf4lab.layers.prepared import autocast_dtype
+from nf4lab.layers.ops import autocast_dtype, linear
 from nf4lab.layers.stored import Stored4bit
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
-from nf4lab.layers.prepared import autocast_dtype
+from nf4lab.layers.ops import autocast_dtype
 from nf4lab.layers.starts import STARTS
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 

@@ -22,6 +22,18 @@ is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_
 transform, tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would compute in on x's device; None where it is off."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def stored_in(layer: nn.Module) -> list[Tensor]:
+    """The buffers that hold a layer's weight, in the order that the ops take them."""
+    buffers = layer._buffers
+    return [buffers[name] for name in layer.stored_names]
+
+
 def linear(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
     """x W_hat^T + bias, for x (…, k) and bias (n,), all of one dtype."""
     if not is_plain(x, stored[0], bias):

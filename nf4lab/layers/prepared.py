@@ -15,20 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nf4lab import backends
-from nf4lab.layers.layout import rebuilt
+from nf4lab.blockwise import check_dtype
+from nf4lab.layers.layout import parts_of, rebuilt
 
 
 class Prepared:
     """The products of a weight of shape (n, k) with tensors of one dtype on the weight's device."""
 
     def __init__(self, stored: Sequence[Tensor], layout: str, dtype: torch.dtype, forget):
+        check_dtype(dtype)
         q = rebuilt(stored, layout, dtype)
         self.layout, self.dtype, self.shape = layout, dtype, tuple(q.shape)
         self.device, self.where = q.packed.device, q.packed.get_device()
         self.addresses = [tensor.data_ptr() for tensor in stored]
         self.watched = [weakref.ref(tensor, forget) for tensor in stored]
-        parts = q.packed, q.stored_scale, q.format, self.shape, q.block_size, dtype
+        self.format, self.block_size = q.format, q.block_size
+        parts = q.packed, q.stored_scale, q.stored_location, q.tensor_scale, q.format, self.shape, q.block_size, dtype
         self.gemv, self.fill = backends.prepare(*parts) if len(self.shape) == 2 else (None, None)
+        self.dequantize = backends.DEQUANTIZE[backends.choose(None, self.device, dtype, q.numel, q.format)]
         self.fused_rows = self.gemv.rows if self.gemv else 0
 
     def product(self, x: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -51,10 +55,11 @@ class Prepared:
 
     def weight(self, stored: Sequence[Tensor]) -> Tensor:
         """W_hat (n, k), written out: in memory that torch's allocator has from the last one, and gets back."""
+        out = backends.empty(self.shape, self.dtype, self.device)
         if self.fill is None:
-            return rebuilt(stored, self.layout, self.dtype).dequantize()
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.fill(out)
+            self.dequantize(*parts_of(stored, self.layout), self.format, self.block_size, out)
+        else:
+            self.fill(out)
         return out
 
     def beside(self, bias: Tensor) -> Tensor:
@@ -69,15 +74,8 @@ _AS_IT_IS = contextlib.nullcontext()
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The layer has chosen the dtype; autocast, whose state an op inherits, must not choose again."""
-    if autocast_dtype(x) in (None, x.dtype):
-        return _AS_IT_IS
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would compute in on x's device; None where it is off."""
     kind = "cuda" if x.is_cuda else x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 _known: dict[tuple, Prepared] = {}

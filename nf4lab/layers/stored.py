@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nf4lab.blockwise import QuantizedTensor
 from nf4lab.checkpoints.keys import from_parts, parts_of
-from nf4lab.layers import ops  # noqa: F401 - registers torch.ops.nf4lab
+from nf4lab.layers import ops  # which registers torch.ops.nf4lab
 from nf4lab.layers.layout import layout_of, rebuilt, tensors_of
 
 
@@ -20,17 +20,14 @@ class Stored4bit(nn.Module):
     what `weight` decodes to.
     """
 
+    stored = ops.stored_in
+
     def __init__(self, weight: QuantizedTensor):
         super().__init__()
         self.dtype, self.format = weight.dtype, weight.format
         self.layout, self.stored_names = layout_of(weight), tuple(tensors_of(weight))
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, _own(tensor), persistent=False)  # state_dict has them under bitsandbytes' keys
-
-    def stored(self) -> list[Tensor]:
-        """The buffers that hold the weight, in the order that the ops take them."""
-        buffers = self._buffers
-        return [buffers[name] for name in self.stored_names]
 
     @property
     def quantized(self) -> QuantizedTensor:
