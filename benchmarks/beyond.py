@@ -1,31 +1,39 @@
-"""What beats rounding to nearest: two models, eleven methods, judged on text that none of them was calibrated on.
+"""What beats rounding to nearest: two models, thirteen methods, judged on text that none of them was calibrated on.
 
-    python benchmarks/beyond.py [--results FILE]      ten minutes of one core
+    python benchmarks/beyond.py [--only encoder | "language model" | seconds]      ten minutes of one core
+    python benchmarks/beyond.py --table
 
-writes results/beyond.json. All at blocks of 64 and 4.5 bits per weight, but for a table a row, whose bits are counted.
-Each method twice, in ways that are as good as one another: rotations with another seed, everything else on the mirrored
-weights, which uses every code for the other sign. What the two differ by is noise.
+writes nf4lab/models/records/beyond.json, and prints the tables of book/which-one-today.md from it. All at blocks of 64
+and 4.5 bits per weight, but for a table a row, whose bits are counted. Each method twice, in ways that are as good as
+one another: rotations with another seed, everything else with columns moved on by half a block, so that every block has
+other neighbours. What the two differ by is noise.
 
-encoder         all-MiniLM-L6-v2, calibrated on pages of the manual of Flask; judged as in outputs.py
+encoder         all-MiniLM-L6-v2, calibrated on pages of the manual of Flask; its sentences are judged as in outputs.py,
+                its layers' outputs on pages of other manuals
 language model  nf4lab.models.manuals_model, calibrated on held-out pages of manuals; judged on other such pages and on
-                Flask's
+                Flask's, its layers' outputs on Flask's
+seconds         what feedback costs a layer of 4096 x 4096, with one and with two threads; nothing else should run
 """
 
 import argparse
 import json
+import math
+import statistics
 import time
 from pathlib import Path
 
 import torch
-from outputs import encoder, language_model
+from outputs import WORLDS, encoder, language_model
 from provenance import provenance
 
 import nf4lab
 from nf4lab import models
+from nf4lab.backends.feedback import feedback_factor
 from nf4lab.beyond.learning import learn_format, learn_rows
 from nf4lab.beyond.rotation import random_signs, rotate, unrotate
 from nf4lab.beyond.scaling import activation_scales
 
+RECORD = Path(models.__file__).parent / "records" / "beyond.json"  # with the package: pages read it anywhere
 BLOCK = 64
 N_CALIBRATION = 64  # pages
 
@@ -47,87 +55,181 @@ def scaled(w, hessian):
     return rounded(w * scales) / scales
 
 
+def shifted(method):
+    """The method, and the second way: columns moved on by half a block, so that every block has other neighbours."""
+
+    def way_of(w, h, way):
+        by = way * BLOCK // 2
+        return method(w.roll(by, 1), h.roll((by, by), (0, 1))).roll(-by, 1)
+
+    return way_of
+
+
 # name -> what is read back of w with the second moments of its inputs, in the first way and in the second
-def mirrored(method):
-    return lambda w, h, way: method(w, h) if way == 0 else -method(-w, h)
-
-
 METHODS = {
-    "nearest": mirrored(lambda w, h: rounded(w)),
-    "nearest, bof4-s": mirrored(lambda w, h: rounded(w, "bof4-s")),
-    "searched": mirrored(lambda w, h: rounded(w, nf4lab.FORMATS["nf4"].searched())),
-    "scaled": mirrored(scaled),
-    "learned, a table a layer": mirrored(lambda w, h: rounded(w, learn_format(w, BLOCK, h.diagonal()))),
-    "learned, a table a row": mirrored(lambda w, h: learn_rows(w, BLOCK, h.diagonal()).dequantize()),
-    "corrected": mirrored(lambda w, h: rounded(w, hessian=h)),
-    "corrected, bof4-s": mirrored(lambda w, h: rounded(w, "bof4-s", h)),
+    "nearest": shifted(lambda w, h: rounded(w)),
+    "nearest, bof4-s": shifted(lambda w, h: rounded(w, "bof4-s")),
+    "searched": shifted(lambda w, h: rounded(w, nf4lab.FORMATS["nf4"].searched())),
+    "scaled": shifted(scaled),
+    "learned, a table a layer": shifted(lambda w, h: rounded(w, learn_format(w, BLOCK, h.diagonal()))),
+    "learned, a table a row": shifted(lambda w, h: learn_rows(w, BLOCK, h.diagonal()).dequantize()),
+    "corrected": shifted(lambda w, h: rounded(w, hessian=h)),
+    "corrected, bof4-s": shifted(lambda w, h: rounded(w, "bof4-s", h)),
     "rotated": lambda w, h, way: rotated(w, way),
+    "rotated, bof4-s": lambda w, h, way: rotated(w, way, "bof4-s"),
+    "rotated, searched": lambda w, h, way: rotated(w, way, nf4lab.FORMATS["nf4"].searched()),
     "rotated, corrected": lambda w, h, way: rotated(w, way, hessian=h),
     "rotated, corrected, bof4-s": lambda w, h, way: rotated(w, way, "bof4-s", h),
 }
 
 
-def encoder_batches(model):
-    """Pages of Flask's manual, of which the judged sentences have none."""
-    for text in models.texts("flask")[:N_CALIBRATION]:
-        yield dict(model.tokenizer(text, return_tensors="pt", truncation=True, max_length=128))
+def pages(flask: bool) -> list[str]:
+    """Pages of Flask's manual, or of others: those that `outputs.language_model` does not judge, 0 to 3 of each 25."""
+    if flask:
+        return models.texts("flask")[:N_CALIBRATION]
+    return [page for i, page in enumerate(models.texts("manuals")) if i % 25 > 3][:N_CALIBRATION]
 
 
-def language_batches(tokenizer):
-    """Held-out pages of manuals that language_model() does not judge: it takes numbers 0 to 3 of each 25."""
-    pages = [page for i, page in enumerate(models.texts("manuals")) if i % 25 > 3]
-    for text in pages[:N_CALIBRATION]:
-        yield torch.tensor([[0, *tokenizer.encode(text).ids][:256]])
-
-
-def hessians_of(name):
-    """The second moments of every judged layer's inputs, by the names of outputs.py."""
+def hessians_of(name: str, flask: bool) -> dict[str, torch.Tensor]:
+    """The second moments of every judged layer's inputs on such pages, by the names of outputs.py."""
     if name == "encoder":
         model = models.sentence_encoder()
-        return nf4lab.calibrate(model[0].auto_model, encoder_batches(model), exclude="pooler*")
+        batches = (
+            dict(model.tokenizer(text, return_tensors="pt", truncation=True, max_length=128)) for text in pages(flask)
+        )
+        return nf4lab.calibrate(model[0].auto_model, batches, exclude="pooler*")
     model, tokenizer = models.manuals_model()
-    return nf4lab.calibrate(model, language_batches(tokenizer), exclude="lm_head")
+    batches = (torch.tensor([[0, *tokenizer.encode(text).ids][:256]]) for text in pages(flask))
+    return nf4lab.calibrate(model, batches, exclude="lm_head")
 
 
-@torch.no_grad()
-def measure(name, layers, judge) -> dict:
-    """method -> seconds of processor time, what the model says in both ways, and each layer's error of weights."""
-    hessians = hessians_of(name)
+def measure(name: str, layers: dict, judge) -> dict:
+    """method -> seconds of processor time, then for both ways what the model says, the error of all weights, and each
+    layer's error of outputs on text that the method has not seen.
+    """
+    given, unseen = (hessians_of(name, flask) for flask in ((True, False) if name == "encoder" else (False, True)))
     weights = {layer: part.weight.detach().clone() for layer, part in layers.items()}
+    power = sum(w.square().sum().item() for w in weights.values())
     table = {}
     for method, make in METHODS.items():
-        row = {"seconds": [], "damage": [], "weights": []}
+        row = {"seconds": [], "damage": [], "weights": [], "layers": []}
         for way in range(2):
             start = time.process_time()
-            made = {layer: make(w, hessians[layer], way) for layer, w in weights.items()}
-            row["seconds"].append(time.process_time() - start)
-            row["weights"].append(sum(nf4lab.mse(w, made[layer]) * w.numel() for layer, w in weights.items())
-                                  / sum(w.square().sum().item() for w in weights.values()))  # fmt: skip
+            made = {layer: make(w, given[layer], way) for layer, w in weights.items()}
+            row["seconds"].append(round(time.process_time() - start, 2))
+            row["weights"].append(sum((made[k] - w).square().sum().item() for k, w in weights.items()) / power)
+            row["layers"].append(
+                [float(f"{nf4lab.output_error(w, made[k], unseen[k]):.5g}") for k, w in weights.items()]
+            )
             for layer, part in layers.items():
                 part.weight.copy_(made[layer])
             row["damage"].append(judge())
         table[method] = row
-        print(name, method, row["weights"], row["damage"], flush=True)
-    return {"methods": table, "layers": len(weights), "weights": sum(w.numel() for w in weights.values()),
+        print(name, method, row["seconds"], row["weights"], row["damage"], flush=True)
+    return {"methods": table, "layers": list(weights), "weights": sum(w.numel() for w in weights.values()),
             "bits_of_row_tables": row_table_bits(weights)}  # fmt: skip
 
 
-def row_table_bits(weights) -> float:
+def row_table_bits(weights: dict[str, torch.Tensor]) -> float:
     """Bits per weight of a table a row, over all layers."""
     bits = sum(w.numel() * learn_rows(w, BLOCK).bits_per_weight for w in weights.values())
     return bits / sum(w.numel() for w in weights.values())
 
 
+def seconds_of_a_layer(n: int = 4096) -> dict[str, dict[str, list[float]]]:
+    """threads -> what -> wall seconds, three times each: the factor of the Hessian alone, and all of `quantize`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -3, n)
+    w, hessian = torch.randn(n, n, generator=generator), x.T @ x / len(x)
+    what = {"factor": lambda: feedback_factor(hessian), "layer": lambda: nf4lab.quantize(w, hessian=hessian)}
+    nf4lab.quantize(w[:256], hessian=hessian)  # numba compiles
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found[str(threads)] = {name: [wall_seconds(run) for _ in range(3)] for name, run in what.items()}
+        print(threads, found[str(threads)], flush=True)
+    torch.set_num_threads(1)
+    return found
+
+
+def wall_seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return round(time.perf_counter() - start, 2)
+
+
+def table(record: dict, name: str) -> list[str]:
+    """The rows of a model's table on the page, in Markdown: both ways of each method, with a stroke between."""
+    found = record[name]
+    nearest = found["methods"]["nearest"]["layers"][0]
+    lines = []
+    for method, row in found["methods"].items():
+        bits = found["bits_of_row_tables"] if method.endswith("a row") else 4 + 32 / BLOCK
+        shares = [[a / b for a, b in zip(way, nearest, strict=True)] for way in row["layers"]]
+        low, middle, high = statistics.quantiles([sum(pair) / 2 for pair in zip(*shares, strict=True)], n=4)
+        columns = [
+            f"{bits:.2f}",
+            both([100 * way for way in row["weights"]], ".2f"),
+            f"{low:.2f} {middle:.2f} {high:.2f}",
+        ]
+        columns += [both([of(way) for way in row["damage"]], ".1f") for of in JUDGED[name].values()]
+        lines.append(f"| {method} | {' | '.join(columns)} |")
+    return lines
+
+
+def both(ways: list[float], spec: str) -> str:
+    return " / ".join(format(way, spec) for way in ways)
+
+
+def mean_of(damage: dict, names) -> float:
+    values = [damage[name] for name in names]
+    return sum(values) / len(values)
+
+
+def perplexity(damage: dict, names) -> float:
+    """By how many per cent the perplexity rises, from the loss gained on some groups of pages."""
+    return 100 * math.expm1(sum(damage[name][1] for name in names) / len(names))
+
+
+MANUALS = [f"pages {i}" for i in range(4)]
+JUDGED = {  # model -> column -> what of the damage stands in it
+    "encoder": {
+        "manuals": lambda damage: 1000 * mean_of(damage, ["manuals"]),
+        "everyday": lambda damage: 1000 * mean_of(damage, WORLDS),
+    },
+    "language model": {
+        "divergence, manuals": lambda damage: 1000 * sum(damage[name][0] for name in MANUALS) / len(MANUALS),
+        "divergence, Flask": lambda damage: 1000 * damage["flask"][0],
+        "perplexity, manuals": lambda damage: perplexity(damage, MANUALS),
+    },
+}
+PARTS = {
+    "encoder": lambda: measure("encoder", *encoder()),
+    "language model": lambda: measure("language model", *language_model()),
+    "seconds": seconds_of_a_layer,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "beyond.json")
-    results = parser.parse_args().results
+    parser.add_argument("--results", type=Path, default=RECORD)
+    parser.add_argument("--only", choices=PARTS, help="leave the others as they are in the file")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print the tables of the file")
+    arguments = parser.parse_args()
+    path = arguments.results
+    if arguments.table:
+        record = json.loads(path.read_text())
+        print(*(line for name in JUDGED for line in [name, *table(record, name)]), sep="\n")
+        return
     torch.set_num_threads(1)
-    record = {"provenance": provenance("benchmarks/beyond.py", ["torch", "numpy", "numba", "transformers"])}
-    with torch.no_grad():
-        record["encoder"] = measure("encoder", *encoder())
-        record["language model"] = measure("language model", *language_model())
-    results.write_text(json.dumps(record, indent=1) + "\n")
+    torch.set_grad_enabled(False)
+    for name, part in PARTS.items():
+        if arguments.only in (None, name):
+            found = part()
+            record = json.loads(path.read_text()) if path.exists() else {}
+            record |= provenance("benchmarks/beyond.py", ["torch", "numpy", "numba", "transformers"])
+            record["command"] = "python benchmarks/beyond.py"  # all parts, which --only may have measured one by one
+            path.write_text(json.dumps(record | {name: found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,42 @@ def test_pissa_equals_pefts(w):
     assert torch.allclose(theirs.base_layer.weight, w - b @ a, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_loftq_equals_pefts(w, steps, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    theirs = pytest.importorskip("peft.utils.loftq_utils")
+    of_tensors, of_4bit = torch.Tensor.to, bitsandbytes.nn.Params4bit.to  # PEFT asks for a GPU by name
+
+    def here(to):
+        return lambda x, *args, **kwargs: to(
+            x,
+            *("cpu" if a == "cuda" else a for a in args),
+            **kwargs | {key: "cpu" for key in kwargs if kwargs[key] == "cuda"},
+        )
+
+    monkeypatch.setattr(torch.Tensor, "to", here(of_tensors))
+    monkeypatch.setattr(bitsandbytes.nn.Params4bit, "to", here(of_4bit))
+    base, a, b = theirs.loftq_init(w, num_bits=4, reduced_rank=4, num_iter=steps)
+    ours, ours_a, ours_b = every_step(w, 4, steps)
+    same = (base == ours).float().mean()
+    # A weight within float32's rounding of a boundary may go either way once a singular vector has been taken off.
+    assert same > 0.995
+    assert torch.linalg.matrix_norm(b @ a - ours_b @ ours_a) < 0.01 * torch.linalg.matrix_norm(ours_b @ ours_a)
+
+
+def every_step(w, rank, steps):
+    """What LoftQ has after its last step: `loftq` returns the best, which may be an earlier one."""
+    found = []
+
+    def quantize(x):
+        found.append(nf4lab.quantize(x))
+        return found[-1]
+
+    loftq(w, rank, quantize, steps)
+    base = found[-1].dequantize()
+    return base, *low_rank(w - base, rank)
+
+
 def test_loftq_never_does_worse_with_more_steps(w):
     errors = [nf4lab.mse(w, q.dequantize() + b @ a) for q, a, b in (loftq(w, 4, nf4lab.quantize, n) for n in (1, 3, 8))]
     assert errors == sorted(errors, reverse=True)

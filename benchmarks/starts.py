@@ -1,0 +1,101 @@
+"""Adapters that start at zero, where the error is (LoftQ), or at the weights' largest part (PiSSA), seed by seed.
+
+    python benchmarks/starts.py [--seeds 3] [--steps 32] [--results FILE]      ten minutes of one core
+
+writes nf4lab/models/records/starts.json, anew after every seed. Model, texts and learning rate are chapter 10's
+(benchmarks/fine_tune.py); the bases are NF4 and, for an error that a start can take something of, four levels made by
+the same rule. Every seed decides what is random in the adapters and the order of the text, the same for all starts.
+What a base rounds is dequantized once and stays.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from fine_tune import EVERY, RECORDS, ROWS, held_out, losses, windows
+from provenance import provenance
+
+import nf4lab
+from nf4lab import codebooks, models
+
+RANK, ALPHA, RATE, HELD_OUT = 8, 16.0, 0.002, 32
+STARTS = ("zero", "loftq", "pissa")
+BASES = {"nf4": nf4lab.FORMATS["nf4"], "2 bits": nf4lab.Format("2 bits", codebooks.nf2())}
+
+
+def started(model, format, start: str, seed: int):
+    """A copy of the model on a quantized base with adapters on it, and the adapters' parameters."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    originals = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    nf4lab.quantize_model_(model, format, exclude="lm_head")
+    parameters = nf4lab.add_lora_(model, RANK, ALPHA, exclude="lm_head", init=start, originals=originals)
+    for layer in model.modules():
+        if isinstance(layer, nf4lab.LoRALinear):
+            layer.base = layer.base.to_linear(torch.float32).requires_grad_(False)
+    return model, parameters
+
+
+@torch.no_grad()
+def error(model, original) -> float:
+    """The squared error of base plus adapter over all adapted layers, as a share of the weights' squares."""
+    squares = power = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nf4lab.LoRALinear):
+            w = original.get_submodule(name).weight
+            made = layer.base.weight + layer.scaling * layer.lora_B @ layer.lora_A
+            squares, power = squares + (made - w).square().sum().item(), power + w.square().sum().item()
+    return squares / power
+
+
+def train(model, parameters, seed: int, steps: int, rows, test, of_words) -> dict:
+    """Held-out losses, of all tokens and of words, before training and after every 16 steps."""
+    order = torch.randint(len(rows), (steps, ROWS), generator=torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    on_the_way = [held_out(model, test, of_words)]
+    for step in range(steps):
+        loss = losses(model, rows[order[step]]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % EVERY == 0:
+            on_the_way.append(held_out(model, test, of_words))
+    return on_the_way
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--results", type=Path, default=RECORDS / "starts.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    original, tokenizer = models.manuals_model()
+    rows = windows(tokenizer, models.texts("novels-to-learn"))
+    test = windows(tokenizer, models.texts("novels-held-out"))
+    test = test[torch.linspace(0, len(test) - 1, HELD_OUT).long()]
+    tokens = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
+    of_words = torch.tensor([any(c.isalpha() for c in token) for token in tokens])[test]
+    record = provenance("benchmarks/starts.py", ["torch", "transformers"]) | {
+        "rank": RANK, "alpha": ALPHA, "rate": RATE, "rows": ROWS, "every": EVERY,
+        "original": held_out(original, test, of_words),
+        "error": {}, "runs": {base: {start: [] for start in STARTS} for base in BASES},
+    }  # fmt: skip
+    for seed in range(arguments.seeds):
+        for base, format in BASES.items():
+            for start in STARTS:
+                model, parameters = started(original, format, start, seed)
+                record["error"][f"{base}, {start}"] = error(model, original)
+                record["runs"][base][start].append(
+                    train(model, parameters, seed, arguments.steps, rows, test, of_words)
+                )
+                print(
+                    seed, base, start, record["error"][f"{base}, {start}"], record["runs"][base][start][-1], flush=True
+                )
+        arguments.results.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
