@@ -63,3 +63,10 @@ def test_bof4_s_has_the_smaller_error_of_weights_in_every_pair():
         for nf4, bof4s in pairs():
             of = [RECORD[model]["methods"][method]["weights"] for method in (nf4, bof4s)]
             assert max(of[1]) < min(of[0])
+
+
+def test_correcting_improves_the_outputs_of_all_layers_but_one():
+    for model, spared in (("encoder", 1), ("language model", 0)):
+        methods = RECORD[model]["methods"]
+        for way, nearest in zip(methods["corrected"]["layers"], methods["nearest"]["layers"], strict=True):
+            assert sum(a > b for a, b in zip(way, nearest, strict=True)) == spared
