@@ -56,6 +56,12 @@ def test_every_table_of_a_chapter_is_shown(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_answers_of_a_quick_check_have_no_formula_in_the_line_to_open(chapter):
+    """It is HTML, where $x$ would stand as it is written."""
+    assert not re.findall(r"<summary>.*\$.*", chapter.read_text())
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_says_what_one_learns_and_how_long_it_takes_and_asks_at_its_end(chapter):
     text = chapter.read_text()
     head = text.split("\n## ")[0]
