@@ -70,3 +70,13 @@ def test_correcting_improves_the_outputs_of_all_layers_but_one():
         methods = RECORD[model]["methods"]
         for way, nearest in zip(methods["corrected"]["layers"], methods["nearest"]["layers"], strict=True):
             assert sum(a > b for a, b in zip(way, nearest, strict=True)) == spared
+
+
+def test_the_pages_table_of_starts_is_that_of_its_record():
+    record = models.record("starts")
+    names = {"nf4": "NF4", "2 bits": "four levels, 2 bits", "zero": "zero", "loftq": "LoftQ", "pissa": "PiSSA"}
+    for base, starts in record["runs"].items():
+        for start, runs in starts.items():
+            before, left = runs[0][0][0], record["error"][f"{base}, {start}"]
+            assert f"| {names[base]} | {names[start]} | {left:.4f} | {before:.3f} |" in PAGE
+    assert f"the original's loss is {record['original'][0]:.3f}" in PAGE

@@ -55,8 +55,8 @@ def texts(name: str) -> list[str]:
 def record(name: str) -> dict:
     """What a long measurement has found, with the command, date and versions that it was made with.
 
-    "outputs": benchmarks/outputs.py. "beyond": benchmarks/beyond.py. "fine-tune-two-cores":
-    benchmarks/fine_tune.py. Raises ValueError for another.
+    "outputs": benchmarks/outputs.py. "beyond": benchmarks/beyond.py. "starts": benchmarks/starts.py.
+    "fine-tune-two-cores": benchmarks/fine_tune.py. Raises ValueError for another.
     """
     path = RECORDS / f"{name}.json"
     if not path.is_file():
