@@ -20,7 +20,7 @@ from .intrinsics import (
     load8,
     load16,
     max_across,
-    multiply_16x16x8,
+    multiply_16x8x16,
     pack_half,
     pair_at,
     store,
@@ -300,7 +300,7 @@ def tensor_core_kernel(fragments):
                         for f in range(fragments):
                             load16(shared, b_at[f] + chunk * b_step + 16 * piece + 4 * j, b, 0)
                             for h in range(2):
-                                multiply_16x16x8(
+                                multiply_16x8x16(
                                     sums, four * (h % chains) + 4 * f,
                                     a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3], b[2 * h], b[2 * h + 1],
                                 )  # fmt: skip

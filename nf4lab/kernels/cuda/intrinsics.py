@@ -21,7 +21,7 @@
     store16_words(data, i, words, k)  the other way
     pack_half(low, high)     two float32 rounded to float16, in one uint32
     has_float16_range(x)     whether x is float16, a constant when compiled
-    multiply_16x16x8(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)
+    multiply_16x8x16(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)
     max_across(v, lanes)     greatest uint32 among `lanes` neighbouring lanes (a power of two, at most 32)
     sum_across(v, lanes)     float32 sum over them
 """

@@ -35,7 +35,7 @@ __all__ = [
     "max_magnitude8",
     "max_magnitude_64_bytes",
     "multiply",
-    "multiply_16x16x8",
+    "multiply_16x8x16",
     "multiply_tile",
     "next_code",
     "pack_half",
@@ -473,7 +473,7 @@ def tensor_core_step(context, builder, kind, sums, first, first_kind, fragments,
 
 
 @intrinsic
-def multiply_16x16x8(typing, sums, first, a0, a1, a2, a3, b0, b1):
+def multiply_16x8x16(typing, sums, first, a0, a1, a2, a3, b0, b1):
     def emit(context, builder, signature, args):
         return tensor_core_step(context, builder, sums, *args[:2], first, args[2:], "f16")
 

@@ -33,7 +33,7 @@ __all__ = [
     "max_magnitude8",
     "max_magnitude_64_bytes",
     "multiply",
-    "multiply_16x16x8",
+    "multiply_16x8x16",
     "multiply_tile",
     "next_code",
     "pack_half",
@@ -155,11 +155,11 @@ def has_float16_range(x):
     return x.dtype == np.float16
 
 
-def multiply_16x16x8(*_):
+def multiply_16x8x16(*_):
     raise NotImplementedError("the simulator has no tensor cores")
 
 
-store16_words = multiply_16x16x8  # used by no other kernel
+store16_words = multiply_16x8x16  # used by no other kernel
 
 
 def max_magnitude8(x, raw):
