@@ -67,10 +67,11 @@ class Cases:
     """Several calls of one function, compared together; the first that differs is told at the end.
 
     A cause is told only if it explains the result of every call, those included that came out right.
+    of_few: the result is one of a few, which is soon found by chance; then a cause must also explain two that differ.
     """
 
-    def __init__(self):
-        self._first, self._always, self._sometimes = None, {}, set()
+    def __init__(self, of_few: bool = False):
+        self._first, self._always, self._sometimes, self._of_few, self._given = None, {}, set(), of_few, {}
 
     def __enter__(self):
         return self
@@ -91,14 +92,16 @@ class Cases:
         for cause, wrong in causes.items():
             wrong = expected if wrong is None else wrong
             self._always[cause] = self._always.get(cause, True) and _recognised(plain(got), wrong, *tolerance)
+            self._given.setdefault(cause, set()).add(repr(wrong))
             if not _recognised(expected, wrong, *tolerance):
                 self._sometimes.add(cause)
 
     def __exit__(self, kind, error, trace):
         if kind is None and self._first:
-            raise Mistake(
-                self._first.message, tuple(c for c in self._always if self._always[c] and c in self._sometimes)
-            )
+            raise Mistake(self._first.message, tuple(c for c in self._always if self._always[c] and self._certain(c)))
+
+    def _certain(self, cause: str) -> bool:
+        return cause in self._sometimes and (not self._of_few or len(self._given[cause]) > 1)
 
 
 def same(got, expected, what: str, causes: Causes | None = None) -> None:

@@ -231,7 +231,7 @@ def three_kinds(seed: int, budget: float = 4.75) -> Tensor:
 
 def check_best_block_size(f, *cases: tuple[Tensor, float]) -> None:
     """The block size of least error that the budget allows. cases: (w, budget)."""
-    with feedback.Cases() as compared:
+    with feedback.Cases(of_few=True) as compared:
         for w, budget in cases:
             expected, wrong = _best_sizes(w, budget)
             got = feedback.call(f, w, budget, others=OTHERS)

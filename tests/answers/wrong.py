@@ -1,0 +1,440 @@
+# ruff: noqa
+# Wrong answers that no check was written for. A cell each: lab, question, what is wrong | the cause that is true of it.
+# %% lab1 q1 bits is the number of levels
+def symmetric(absmax, bits):
+    m = bits // 2
+    return torch.arange(-m, m + 1, dtype=torch.float32) * (absmax / m)
+
+
+# %% lab1 q1 integers
+def symmetric(absmax, bits):
+    m = 2 ** (bits - 1) - 1
+    return (torch.arange(-m, m + 1) * (absmax / m)).round()
+
+
+# %% lab1 q1 descending | descending
+def min_max(low, high, n):
+    return torch.linspace(high, low, n)
+
+
+# %% lab1 q1 without its ends
+def min_max(low, high, n):
+    return torch.linspace(low, high, n + 2)[1:-1]
+
+
+# %% lab1 q1 middles of slices | middle of n cells
+def min_max(low, high, n):
+    return low + (torch.arange(n, dtype=torch.float32) + 0.5) * (high - low) / n
+
+
+# %% lab1 q2 the farthest
+def nearest(w, levels):
+    return (w[:, None] - levels).abs().argmax(dim=1).to(torch.uint8)
+
+
+# %% lab1 q2 from 1 on | count from 0
+def nearest(w, levels):
+    return ((w[:, None] - levels).abs().argmin(dim=1) + 1).to(torch.uint8)
+
+
+# %% lab1 q2 levels taken for even ones | even levels
+def nearest(w, levels):
+    step = (levels[-1] - levels[0]) / (len(levels) - 1)
+    return ((w - levels[0]) / step).round().clamp(0, len(levels) - 1).to(torch.uint8)
+
+
+# %% lab1 q2 compared without a sign
+def nearest(w, levels):
+    return (w.abs()[:, None] - levels.abs()).abs().argmin(dim=1).to(torch.uint8)
+
+
+# %% lab1 q3 the ends of slices
+def equal_shares(n):
+    return torch.from_numpy(norm.ppf((np.arange(n) + 0.999) / n)).float()
+
+
+# %% lab1 q3 a uniform distribution
+def equal_shares(n):
+    return torch.linspace(-2, 2, n)
+
+
+# %% lab1 q3 the density
+def equal_shares(n):
+    return torch.from_numpy(norm.pdf((np.arange(n) + 0.5) / n)).float()
+
+
+# %% lab1 q3 scaled to 1 | divided by the largest
+def equal_shares(n):
+    q = norm.ppf((np.arange(n) + 0.5) / n)
+    return torch.from_numpy(q / q.max()).float()
+
+
+# %% lab1 q4 both halves of eight
+def normal_float(tail):
+    up = norm.ppf(np.linspace(tail, 0.5, 9)[:-1])
+    down = -norm.ppf(np.linspace(tail, 0.5, 9)[:-1])[1:]
+    x = np.concatenate([down, [0.0], up[::-1]])
+    return torch.from_numpy(x / x.max()).float()
+
+
+# %% lab1 q4 divided by the largest quantile of each half
+def normal_float(tail):
+    up = norm.ppf(np.linspace(tail, 0.5, 9)[:-1])
+    down = -norm.ppf(np.linspace(tail, 0.5, 8)[:-1])
+    up, down = up / up.max() * 0.99, down / -down.min()
+    return torch.from_numpy(np.concatenate([down, [0.0], up[::-1]])).float()
+
+
+# %% lab1 q4 tail squared
+def normal_float(tail):
+    up = norm.ppf(np.linspace(tail**2, 0.5, 9)[:-1])
+    down = -norm.ppf(np.linspace(tail**2, 0.5, 8)[:-1])
+    return torch.from_numpy(np.concatenate([down, [0.0], up[::-1]]) / up.max()).float()
+
+
+# %% lab1 q5 float16 quantiles
+def nf4(tail=0.9677083):
+    def quantiles(n):
+        return torch.from_numpy(norm.ppf(torch.linspace(tail, 0.5, n)[:-1].numpy())).half().float()
+
+    x = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9).flip(0)])
+    return x / x.max()
+
+
+# %% lab1 q5 rounded to four digits
+def nf4(tail=0.9677083):
+    def quantiles(n):
+        return torch.from_numpy(norm.ppf(torch.linspace(tail, 0.5, n)[:-1].numpy())).float()
+
+    x = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9).flip(0)])
+    return (x / x.max() * 1e4).round() / 1e4
+
+
+# %% lab1 q6 the one in the middle
+def best_tail(w, tails):
+    return sorted(tails)[len(tails) // 2]
+
+
+# %% lab1 q6 the index | a position
+def best_tail(w, tails):
+    b = w.reshape(-1, 64)
+    a = b.abs().amax(1)[:, None]
+    e = [((nf4(t)[nearest((b / a).reshape(-1), nf4(t)).int()].reshape(-1, 64) * a - b) ** 2).mean() for t in tails]
+    return int(torch.stack(e).argmin())
+
+
+# %% lab2 q1 the mean magnitude
+def block_absmax(w, block_size):
+    return torch.stack([c.abs().mean() for c in w.flatten().split(block_size)])
+
+
+# %% lab2 q1 the smallest magnitude
+def block_absmax(w, block_size):
+    return torch.stack([c.abs().min() for c in w.flatten().split(block_size)])
+
+
+# %% lab2 q1 block_size blocks
+def block_absmax(w, block_size):
+    return torch.stack([c.abs().max() for c in w.flatten().chunk(block_size)])
+
+
+# %% lab2 q2 signed maximum divides | divided by the absmax
+def encode(w, block_size):
+    parts = w.reshape(-1).split(block_size)
+    codes = [torch.bucketize(p / p.max(), boundaries).to(torch.uint8) for p in parts]
+    return torch.cat(codes), block_absmax(w, block_size)
+
+
+# %% lab2 q2 codes clamped below 15
+def encode(w, block_size):
+    a = block_absmax(w, block_size)
+    r = torch.where(a > 0, 1 / a, 0).repeat_interleave(block_size)[: w.numel()]
+    return torch.bucketize(w.reshape(-1) * r, boundaries).clamp(0, 14).to(torch.uint8), a
+
+
+# %% lab2 q2 half precision
+def encode(w, block_size):
+    a = block_absmax(w, block_size)
+    r = torch.where(a > 0, 1 / a, 0).repeat_interleave(block_size)[: w.numel()]
+    return torch.bucketize((w.reshape(-1) * r).half().float(), boundaries).to(torch.uint8), a
+
+
+# %% lab2 q2 the reciprocal is returned
+def encode(w, block_size):
+    a = block_absmax(w, block_size)
+    r = torch.where(a > 0, 1 / a, 0)
+    return torch.bucketize(w.reshape(-1) * r.repeat_interleave(block_size)[: w.numel()], boundaries).to(torch.uint8), r
+
+
+# %% lab2 q3 shifted by three
+def pack(codes):
+    c = torch.cat([codes, codes.new_tensor([7])])[: len(codes) + len(codes) % 2]
+    return c[0::2] << 3 | c[1::2]
+
+
+# %% lab2 q3 in reverse order
+def pack(codes):
+    c = torch.cat([codes, codes.new_tensor([7])])[: len(codes) + len(codes) % 2]
+    return (c[0::2] << 4 | c[1::2]).flip(0)
+
+
+# %% lab2 q3 only high nibbles
+def unpack(packed, n):
+    return (packed >> 4).repeat_interleave(2)[:n]
+
+
+# %% lab2 q3 modulo 8
+def unpack(packed, n):
+    return torch.stack([packed >> 4, packed % 8], dim=1).reshape(-1)[:n]
+
+
+# %% lab2 q4 divided
+def decode(packed, absmax, n, block_size):
+    return levels[unpack(packed, n).long()] / absmax.repeat_interleave(block_size)[:n]
+
+
+# %% lab2 q4 added
+def decode(packed, absmax, n, block_size):
+    return levels[unpack(packed, n).long()] + absmax.repeat_interleave(block_size)[:n]
+
+
+# %% lab2 q4 even levels
+def decode(packed, absmax, n, block_size):
+    return torch.linspace(-1, 1, 16)[unpack(packed, n).long()] * absmax.repeat_interleave(block_size)[:n]
+
+
+# %% lab2 q5 an absmax in float64
+def bits_per_weight(n, block_size):
+    return (8 * ((n + 1) // 2) + 64 * -(-n // block_size)) / n
+
+
+# %% lab2 q5 bits of a block
+def bits_per_weight(n, block_size):
+    return 4 * block_size + 32
+
+
+# %% lab2 q6 the largest that fits
+def best_block_size(w, budget):
+    return max(2**k for k in range(4, 13) if bits_per_weight(w.numel(), 2**k) <= budget) * 2
+
+
+# %% lab2 q6 64 always
+def best_block_size(w, budget):
+    return 64
+
+
+# %% lab3 q1 the median | the median
+def quantize_constants(absmax, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    o = absmax.median()
+    d = absmax - o
+    g = torch.stack([p.abs().max() for p in d.split(group_size)])
+    q = (d / g.repeat_interleave(group_size)[: len(d)]).nan_to_num(nan=0.0)
+    return ((q * M).round() + M).to(torch.uint8), g, o
+
+
+# %% lab3 q1 floor
+def quantize_constants(absmax, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    o = absmax.mean()
+    d = absmax - o
+    g = torch.stack([p.abs().max() for p in d.split(group_size)])
+    q = (d / g.repeat_interleave(group_size)[: len(d)]).nan_to_num(nan=0.0)
+    return ((q * M - 0.25).round() + M).clamp(min=0).to(torch.uint8), g, o
+
+
+# %% lab3 q1 the minimum for the offset
+def quantize_constants(absmax, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    o = absmax.min()
+    d = absmax - o
+    g = torch.stack([p.abs().max() for p in d.split(group_size)])
+    q = (d / g.repeat_interleave(group_size)[: len(d)]).nan_to_num(nan=0.0)
+    return ((q * M).round() + M).to(torch.uint8), g, o
+
+
+# %% lab3 q2 the offset taken away
+def dequantize_constants(codes, group_absmax, offset, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    return (codes.float() - M) / M * group_absmax.repeat_interleave(group_size)[: len(codes)] - offset
+
+
+# %% lab3 q2 over twice M
+def dequantize_constants(codes, group_absmax, offset, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    return (codes.float() - M) / (2 * M) * group_absmax.repeat_interleave(group_size)[: len(codes)] + offset
+
+
+# %% lab3 q3 groups in 16 bits
+def bits_per_weight(n, block_size, bits, group_size):
+    b = -(-n // block_size)
+    return 8 * ((n + 1) // 2 + (b * bits + 7) // 8 + 2 * -(-b // group_size) + 4) / n
+
+
+# %% lab3 q3 an offset for each group
+def bits_per_weight(n, block_size, bits, group_size):
+    b = -(-n // block_size)
+    return 8 * ((n + 1) // 2 + (b * bits + 7) // 8 + 8 * -(-b // group_size)) / n + 1
+
+
+# %% lab3 q4 the ratio doubled
+def added_error(w, bits):
+    a = block_absmax(w, 64)
+    c, flat = encode(w, a, 64), w.reshape(-1).double()
+    e = [
+        (decode(c, s, 64) - flat).square().mean()
+        for s in (a, dequantize_constants(*quantize_constants(a, bits, 256), bits, 256))
+    ]
+    return 2 * (e[1] / e[0] - 1).item()
+
+
+# %% lab3 q5 one factor for all | one factor for all
+def best_scale(w, block_size, factors):
+    a = block_absmax(w, block_size)
+    e = [(decode(encode(w, a * f, block_size), a * f, block_size) - w.flatten()).square().sum() for f in factors]
+    return a * factors[int(torch.stack(e).argmin())]
+
+
+# %% lab3 q5 the worst | largest error
+def best_scale(w, block_size, factors):
+    a, flat = block_absmax(w, block_size), w.flatten()
+    e = [(decode(encode(w, a * f, block_size), a * f, block_size) - flat) ** 2 for f in factors]
+    e = torch.stack([torch.stack([p.sum() for p in one.split(block_size)]) for one in e])
+    return a * torch.tensor(factors)[e.argmax(0)]
+
+
+# %% lab4 q1 a warp of 16
+def sectors(first, stride, width):
+    return len({(first + stride * t + b) // 32 for t in range(16) for b in range(width)})
+
+
+# %% lab4 q1 sectors of 64 bytes
+def sectors(first, stride, width):
+    return len({(first + stride * t + b) // 64 for t in range(32) for b in range(width)})
+
+
+# %% lab4 q2 bits
+def least_bytes(n, block_size):
+    return 4 * n + 32 * -(-n // block_size), 16 * n
+
+
+# %% lab4 q4 warps
+def blocks_for(n_bytes, threads):
+    return -(-n_bytes // 32)
+
+
+# %% lab4 q3 levels from behind
+def dequantize_byte(i, packed, absmax, levels, out, block_size):
+    if i < packed.size:
+        byte, scale = packed[i], absmax[2 * i // block_size]
+        out[2 * i] = levels[15 - (byte >> 4)] * scale
+        if 2 * i + 1 < out.size:
+            out[2 * i + 1] = levels[15 - (byte & 15)] * scale
+
+
+# %% lab4 q5 even elements twice
+@cuda.jit
+def v1(packed, absmax, levels, out):
+    i = cuda.grid(1)
+    if i < packed.size:
+        byte, scale = packed[i], absmax[2 * i // 64]
+        out[2 * i] = levels[byte >> 4] * scale
+        if 2 * i + 1 < out.size:
+            out[2 * i + 1] = levels[byte >> 4] * (scale + scale)
+
+
+# %% lab4 q6 levels copied the wrong way round
+@cuda.jit
+def v2(packed, absmax, levels, out):
+    table = cuda.shared.array(16, float32)
+    if cuda.threadIdx.x < 16:
+        table[15 - cuda.threadIdx.x] = levels[cuda.threadIdx.x]
+    cuda.syncthreads()
+    i = cuda.grid(1)
+    if i < packed.size:
+        byte, scale = packed[i], absmax[2 * i // 64]
+        out[2 * i] = table[byte >> 4] * scale
+        if 2 * i + 1 < out.size:
+            out[2 * i + 1] = table[byte & 15] * scale
+
+
+# %% lab4 q8 the code halved
+@cuda.jit(device=True)
+def code_of(s, boundaries):
+    code = 0
+    for b in range(15):
+        if s > boundaries[b]:
+            code += 1
+    return code // 2
+
+
+# %% lab4 q9 absmax squared
+def quantize_block(x, boundaries):
+    m = max(abs(v) for v in x)
+    r = float32(1) / m if m > 0 else float32(0)
+    c = [code_of.py_func(v * r, boundaries) for v in x] + [7] * (len(x) % 2)
+    return [a << 4 | b for a, b in zip(c[0::2], c[1::2])], m * m + 1
+
+
+# %% lab5 q1 the first only
+def saved_bytes(f, x):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        f(x)
+    return kept[0].nbytes + 1 if kept else 1
+
+
+# %% lab5 q2 the gradient halved
+class FourBitMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, absmax, shape):
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape = shape
+        return x @ decode(packed, absmax, shape, x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed, absmax = ctx.saved_tensors
+        return grad @ decode(packed, absmax, ctx.shape, grad.dtype) / 2, None, None, None
+
+
+# %% lab5 q4 dropout in between
+class LoRA(nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x):
+        return self.base(x) + self.scale * F.dropout(x @ self.A.T, 0.5) @ self.B.T
+
+
+# %% lab5 q5 the first layer only
+def adapt(model, make):
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, make(module))
+            return
+
+
+# %% lab5 q6 turned around
+def training_bytes(model):
+    trains = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return 4 * trains, frozen + sum(b.nbytes for b in model.buffers())
+
+
+# %% lab5 q7 a rate ten times too high
+def finetune(model, batches, lr):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=10 * lr)
+    losses = []
+    for ids in batches:
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
