@@ -1,4 +1,4 @@
-"""y = x W^T + bias for 1 to 64 rows of x and a packed 4-bit weight W (n, k): v4, the one in use.
+"""y = x W^T + bias for 1 to 64 rows of x and a packed 4-bit weight W (n, k): v4, in use from sm_80 on.
 
 A thread block takes up to 16 tiles of 16 rows of W and all their columns, in steps. What the next steps need (codes,
 absmax, x) is copied into shared memory while this one is multiplied: a ring of `stages`. In a step each warp takes
