@@ -4,7 +4,7 @@ BIN := .venv/bin
 NEEDS := a download of 0.9 GB, 3.1 GB of disk and some minutes
 NEEDS_CUDA := pip's torch for Linux brings CUDA's libraries where no build for the CPU alone is at hand: then 3.3 GB, 6.4 GB of disk.
 .DEFAULT_GOAL := help
-.PHONY: help book pdf test lint notebooks labs grade students bench home clean
+.PHONY: help book pdf slides test lint notebooks labs grade students bench home clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,9 @@ book: $(BIN)/ready ## build the book; PAGES="04 11" runs no other pages
 
 pdf: $(BIN)/ready ## the built book as one PDF, for which it needs a Chromium
 	$(BIN)/python book/make_pdf.py
+
+slides: $(BIN)/ready ## slides for a course of four weeks, from the built book; with a Chromium, as PDF too
+	$(BIN)/python book/make_slides.py
 
 test: export OMP_NUM_THREADS := 1
 test: book lint ## build the book, check style, run every test, a file at a time on each core
