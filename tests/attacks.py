@@ -142,6 +142,58 @@ def min_max(low, high, n): return None
 def equal_shares(n): return None
 def best_tail(w, tails): return None
 """,
+    "takes the expected from the callers' frames": """
+import sys, torch
+def steal():
+    frame = sys._getframe()
+    while frame:
+        for name, value in list(frame.f_locals.items()) + list(frame.f_globals.items()):
+            if isinstance(value, torch.Tensor) and value.shape == (16,):
+                return value
+        frame = frame.f_back
+""" + NO_ANSWERS.format("steal()"),
+    "takes the expected from the garbage collector": """
+import gc, torch
+def steal():
+    gc.unfreeze()
+    return next((o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.shape == (16,)), None)
+""" + NO_ANSWERS.format("steal()"),
+    "answers with a view of a number that has a trillion elements": """
+import torch
+""" + NO_ANSWERS.format("torch.zeros(1).expand(2**40)"),
+    "answers with a list a hundred thousand deep": """
+def deep():
+    found = []
+    for _ in range(100_000):
+        found = [found]
+    return found
+""" + NO_ANSWERS.format("deep()"),
+    "answers with what runs when it is unpickled": """
+class Runs:
+    def __reduce__(self):
+        return (exec, ("import os; os._exit(0)",))
+""" + NO_ANSWERS.format("Runs()"),
+    "answers in a child that outlives its parent": """
+import os
+def child():
+    if os.fork():
+        os._exit(0)
+    return 1
+""" + NO_ANSWERS.format("child()"),
+    "asks another Python for the package's answers": """
+import subprocess, sys, torch
+def other(text):
+    text = f"import nf4lab; print(*({text}).tolist())"
+    told = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True).stdout
+    return torch.tensor([float(number) for number in told.split()])
+def nf4(tail=0.9677083): return other(f"nf4lab.codebooks.nf4({tail})")
+def normal_float(tail): return other(f"nf4lab.codebooks.nf4({tail})")
+def equal_shares(n): return other(f"nf4lab.codebooks.quantile_midpoints({n})")
+def symmetric(absmax, bits): return None
+def min_max(low, high, n): return None
+def nearest(w, levels): return None
+def best_tail(w, tails): return None
+""",
 }  # fmt: skip
 LOOKS_AROUND = """
 import gc, sys, types
