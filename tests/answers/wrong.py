@@ -438,3 +438,21 @@ def finetune(model, batches, lr):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+# %% lab6 q1 each feature of the inputs has length 1
+def second_moments(x):
+    x = x / x.norm(dim=0)
+    return x.T @ x
+
+
+# %% lab6 q2 every row of the layer counts alike
+def output_error(w, w_hat, H):
+    d = w_hat - w
+    return ((d @ H * d).sum(1) / (w @ H * w).sum(1)).mean().item()
+
+
+# %% lab6 q3 values with the sign lost
+def round_column(column, absmax):
+    codes = torch.bucketize(column / absmax, boundaries)
+    return codes.to(torch.uint8), levels[codes].abs() * absmax
