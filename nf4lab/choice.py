@@ -242,7 +242,8 @@ def choose(
 
     Raises ValueError where a pattern matches no candidate, or none that can be quantized, and where nothing is chosen.
     """
-    wanted, unwanted = (_matches(found, choice, what) for choice in (include, exclude))
+    include, exclude = (choice if callable(choice) else as_tuple(choice) for choice in (include, exclude))
+    wanted, unwanted = (_chosen_by(found, choice, what) for choice in (include, exclude))
     _check_possible(found, include)
     chosen, others = [], []
     for k, candidate in enumerate(found):
@@ -267,19 +268,29 @@ def warn_of_the_rest(share: float, kept: dict[str, str], stacklevel: int = 2) ->
                   "`include` can name them, `exclude` says that you know", stacklevel=stacklevel + 1)  # fmt: skip
 
 
-def as_patterns(choice: str | Iterable[str]) -> tuple[str, ...]:
-    """A pattern or several, as a tuple."""
+def as_tuple(choice: str | Iterable[str]) -> tuple[str, ...]:
+    """One word or several, as a tuple."""
     return (choice,) if isinstance(choice, str) else tuple(choice)
 
 
-def _matches(found: list[Candidate], choice: Choice, what: str) -> set[int]:
-    """Which candidates a choice matches, by number."""
+def matches(names: str | Iterable[str], patterns: str | Iterable[str]) -> bool:
+    """Whether one of the names fits one of the patterns, a shell's: * stands for dots too, and case counts.
+
+    >>> matches("model.layers.0.q_proj", ["*.k_proj", "*.q_proj"])
+    True
+    """
+    names, patterns = as_tuple(names), as_tuple(patterns)
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _chosen_by(found: list[Candidate], choice: Choice, what: str) -> set[int]:
+    """Which candidates a choice means, by number."""
     if callable(choice):
         asked = ((k, c) for k, c in enumerate(found) if c.kind in ("linear", "conv1d"))
         return {k for k, c in asked if any(choice(name, c.module) for name in c.names)}
     matched: set[int] = set()
-    for pattern in as_patterns(choice):
-        here = {k for k, c in enumerate(found) if any(fnmatchcase(name, pattern) for name in c.names)}
+    for pattern in choice:
+        here = {k for k, c in enumerate(found) if matches(c.names, pattern)}
         if not here and pattern.strip("*"):
             some = ", ".join(c.names[0] for c in found[:3])
             raise ValueError(f"{pattern!r} matches none of the {len(found)} {what} ({some}, …)")
@@ -289,8 +300,8 @@ def _matches(found: list[Candidate], choice: Choice, what: str) -> set[int]:
 
 def _check_possible(found: list[Candidate], include: Choice) -> None:
     """Raise for a pattern that matches nothing but what can't be quantized."""
-    for pattern in () if callable(include) else as_patterns(include):
-        here = [c for c in found if any(fnmatchcase(name, pattern) for name in c.names)]
+    for pattern in () if callable(include) else include:
+        here = [c for c in found if matches(c.names, pattern)]
         if pattern.strip("*") and here and all(c.always for c in here):
             raise ValueError(f"{pattern!r}: {here[0].names[0]} can't be quantized: {here[0].stays}")
 
@@ -299,12 +310,12 @@ def _is_named(candidate: Candidate, include: Choice) -> bool:
     """Whether a pattern says that it means this candidate: "*lm_head*" or "model.head", not "model.*"."""
     if callable(include):
         return False
-    patterns = [p for p in as_patterns(include) if any(fnmatchcase(name, p) for name in candidate.names)]
+    patterns = [pattern for pattern in include if matches(candidate.names, pattern)]
     if any("experts" in name for name in candidate.names) and any("experts" in pattern for pattern in patterns):
         return True  # "*experts*" means all of their parts
     ends = [name.removesuffix(".weight").rpartition(".")[2] for name in candidate.names]
     lasts = [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns]
-    return any(last.strip("*?") and fnmatchcase(end, last) for last in lasts for end in ends)
+    return any(last.strip("*?") and matches(ends, last) for last in lasts)
 
 
 def skips(patterns: Iterable[str], name: str) -> bool:

@@ -1,5 +1,7 @@
 """What is quantized: the same as by transformers' bitsandbytes integration, and the reason for what is not."""
 
+from pathlib import Path
+
 import pytest
 from torch import nn
 
@@ -95,3 +97,22 @@ def test_names_alone_tell_heads_embeddings_and_routers():
     found = choice.candidates_by_name(shapes | {"norm.weight": (64,)})
     assert {c.names[0] for c in found if not c.stays} == {"h.0.mlp.experts.0.w1.weight", "h.0.up.weight"}
     assert [c.names[0] for c in choice.choose(found, ["lm_head.weight"], ())[0]] == ["lm_head.weight"]
+
+
+def test_a_name_fits_a_pattern_where_one_of_its_names_does_with_dots_and_case():
+    tied = ("lm_head", "model.embed_tokens")
+    assert choice.matches(tied, "*embed*") and choice.matches(tied, ["none", "lm_?ead"])
+    assert choice.matches("model.layers.10.q_proj", "model*q_proj") and choice.matches("a.b", "[ab].b")
+    assert not choice.matches(tied, "*EMBED*") and not choice.matches(tied, "head") and not choice.matches(tied, ())
+
+
+def test_patterns_from_an_iterator_choose_as_those_from_a_list():
+    found, patterns = choice.candidates(make("Llama")), ["*lm_head*", "*q_proj"]
+    chosen = choice.choose(found, patterns, ["*layers.1.*"])[0]
+    assert [c.names[0] for c in chosen] == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert choice.choose(found, iter(patterns), iter(["*layers.1.*"]))[0] == chosen
+
+
+def test_names_are_matched_in_one_place():
+    package = Path(choice.__file__).parent
+    assert [p.name for p in sorted(package.rglob("*.py")) if "fnmatch" in p.read_text()] == ["choice.py"]

@@ -3,10 +3,10 @@
 import json
 import shutil
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, NF4LAB_STATE
+from nf4lab.choice import matches
 from nf4lab.formats import Format
 from nf4lab.formats.double_quant import DoubleQuant
 
@@ -80,7 +80,7 @@ def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
         inside = path.relative_to(source)
         if any(part.startswith(".") for part in inside.parts) or not path.is_file():
             continue
-        if inside.parent.as_posix() not in parts and any(fnmatchcase(path.name, p) for p in NOT_COPIED):
+        if inside.parent.as_posix() not in parts and matches(path.name, NOT_COPIED):
             left_out += [] if inside.as_posix() in weights else [inside.as_posix()]
             continue
         (target / inside.parent).mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import fnmatch
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from nf4lab import league
 from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.files import opened
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile
+from nf4lab.choice import matches
 from nf4lab.progress import progress_bar
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
@@ -78,12 +78,12 @@ def _chosen(source: str, files: list[TensorFile], include: list[str]) -> dict[st
     """The matrices to compare, each with its file. Raises ValueError for a pattern that matches none."""
     matrices = {name: file for file in files for name, entry in file.entries.items() if _is_matrix(entry)}
     for pattern in include:
-        if not fnmatch.filter(matrices, pattern):
+        if not any(matches(name, pattern) for name in matrices):
             raise ValueError(
                 f"{source} has no floating-point matrix of {league.LEAST_WEIGHTS:,} weights or more "
                 f"that matches {pattern}: nothing to compare"
             )
-    return {name: file for name, file in matrices.items() if any(fnmatch.fnmatchcase(name, p) for p in include)}
+    return {name: file for name, file in matrices.items() if matches(name, include)}
 
 
 def _is_matrix(entry: Entry) -> bool:

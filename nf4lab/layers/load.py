@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.checkpoints.architecture import by_the_models_names, join
 from nf4lab.checkpoints.files import iterate_quantized
-from nf4lab.choice import is_conv1d, is_plain_linear, transformers_models
+from nf4lab.choice import is_conv1d, is_plain_linear, matches, transformers_models
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
@@ -106,5 +105,5 @@ def _check(model: nn.Module, plain: dict[str, Tensor], in_4_bits: set[str]) -> N
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     may_lack = [*tied, *(getattr(model, "_tied_weights_keys", None) or [])]
     for name in state.keys() - plain.keys() - in_4_bits:
-        if not any(fnmatchcase(name, pattern) for pattern in may_lack):
+        if not matches(name, may_lack):
             raise ValueError(f"the checkpoint has no tensor {name!r}, which the model needs")
