@@ -211,7 +211,7 @@ def test_the_api_page_has_no_words_of_torch():
 @pytest.mark.parametrize("sheet", ['.fa-house:before{content:"\\f015"}', '.fa-house{--fa:"\\f015 "}'])
 @pytest.mark.parametrize("fonts", [["fa-solid-900.woff2"], []])
 def test_a_theme_that_keeps_its_icons_otherwise_is_an_error_and_loses_none(tmp_path, sheet, fonts):
-    # pydata-sphinx-theme 0.24 has no fonts at all: its script draws the icons.
+    # pydata-sphinx-theme 0.24.0 has WOFF2 fonts alone, and names its icons in another way.
     static = tmp_path / "_static"
     for folder in ("scripts", "styles", "vendor/fontawesome/webfonts"):
         (static / folder).mkdir(parents=True)

@@ -4,6 +4,11 @@ The theme brings every icon of Font Awesome three times (1.5 MB of script and tw
 engine, matplotlib 24 bits a pixel. After the build, the icons that the pages use stay, as one small font; MathJax is
 loaded in parts, and only by pages with formulas; figures keep the 256 colours that they need. Scripts no longer hold
 up the text.
+
+Themes, tried in November 2026: jupyter-book 1.0.4.post1 wants Sphinx 7, and the newest theme that wants no more than
+that is sphinx-book-theme 1.3.0 with pydata-sphinx-theme 0.17.1; `slim_icons` cuts its icons down as it does those of
+0.16.1, which is pinned. 0.20.0 (sphinx-book-theme 1.4.0, which wants Sphinx 8.2) and 0.24.0 have WOFF2 fonts alone, and
+name icons by `--fa`: `slim_icons` refuses both. CONTRIBUTING.md says how to raise the theme.
 """
 
 import logging
