@@ -122,7 +122,7 @@ class ShowRuns(SphinxPostTransform):
         runs = {name: known[path] for name, path in paths.items() if path in known}
         if not runs:
             return nodes.paragraph(text="In this build no page was run.")
-        order = sorted(runs, key=lambda name: (name != self.config.root_doc, name))
+        order = [name for name in reading_order(self.env, self.config.root_doc) if name in runs]
         rows = [(self.link(name), seconds(runs[name]), ended(runs[name])) for name in order]
         total = sum(run["execution_seconds"] or 0 for run in runs.values())
         return table(("page", "seconds", "ran"), [*rows, ("all pages", f"{total:.1f}", "")])
@@ -144,6 +144,12 @@ class ShowRuns(SphinxPostTransform):
                 refwarn=True,
             ),
         )
+
+
+def reading_order(env: BuildEnvironment, first: str) -> list[str]:
+    """A page and those below it, as the table of contents has them."""
+    below = env.toctree_includes.get(first, [])
+    return [first, *(name for page in below for name in reading_order(env, page))]
 
 
 def seconds(run: dict) -> str:
