@@ -305,7 +305,8 @@ def test_wrong_arguments_are_named_with_their_numbers(change, message):
 def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v5", group_size=0, bias=False, offset=0):
     """gemv against float64 on the exact dequantized weights.
 
-    Derived bound, with w = |x| |W|^T: 2^-11 w for levels rounded to float16 (v4 and v5, bfloat16 x: 2^-9 w, to that),
+    Derived bound, with w = |x| |W|^T: 2^-11 w for levels rounded to float16 (v4 and v5, bfloat16 x: 2^-8 w, to that:
+    half a step of its 8 bits is up to 2^-8 of a level; 2^-9 bounds only what a level, at most 1, moves by),
     (k + 16) 2^-24 w for float32 products and sums, half an ulp of the output dtype on the result, and
     2^-38 max|x| sum|W| for bfloat16 x that v3 scales to float16.
     """
@@ -326,7 +327,7 @@ def assert_gemv_within_rounding(rows, n, k, block_size, dtype, *, version="v5", 
         **dict(shape=(n, k), block_size=block_size, bias=b.to(DEVICE) if bias else None, version=version),
     )
     size = x.double().abs() @ w.abs().T + (b.double().abs() if bias else 0)
-    of_levels = 2**-9 if dtype == torch.bfloat16 and version >= "v4" else 2**-11
+    of_levels = 2**-8 if dtype == torch.bfloat16 and version >= "v4" else 2**-11
     tolerance = size * (of_levels + (k + 16) * 2**-24) + y.abs() * torch.finfo(dtype).eps / 2 + 2**-24
     tolerance += 2**-38 * x.double().abs().max() * w.abs().sum(1)
     excess = ((got.cpu().double() - y).abs() / tolerance).max().item()
@@ -426,7 +427,7 @@ def test_gemv_keeps_huge_and_tiny_bfloat16_activations():
         args = x[None].cuda(), packed.cuda(), absmax.cuda(), LEVELS.cuda()
         got = cuda.gemv(*args, shape=(16, 256), block_size=64).cpu().double()[0]
         expected = w.double() @ x.double()
-        bound = (w.double().abs() @ x.double().abs()) * (2**-9 + 272 * 2**-24) + expected.abs() * 2**-8
+        bound = (w.double().abs() @ x.double().abs()) * (2**-8 + 272 * 2**-24) + expected.abs() * 2**-8
         assert ((got - expected).abs() <= bound).all(), size
 
 

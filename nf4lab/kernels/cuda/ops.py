@@ -192,7 +192,7 @@ def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, v
 
     packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. `fused` says which version takes
     what; the tensor core kernels round the levels: v3 to float16, v4 and v5 to the dtype of x, so that a product may be
-    off by 2^-11 of itself, with bfloat16 by 2^-9. v1 and v2 multiply in float32, more slowly.
+    off by 2^-11 of itself, with bfloat16 by 2^-8. v1 and v2 multiply in float32, more slowly.
 
     Raises TypeError or ValueError for a wrong dtype, count or number of rows, RuntimeError where there is no GPU.
     """
