@@ -161,7 +161,7 @@ MISTAKES = [  # (what the mistake is called, question, {old: new}, points lost o
         "q5",
         {"setattr(model.get_submodule(parent), child, make(layer))": "make(layer)"},
         5,
-        "3 of 3 nn.Linear layers are still there",
+        "4 of 4 nn.Linear layers are still there",
     ),
     ("no buffers", "q6", {" + sum(b.nbytes for b in model.buffers())": ""}, 3, "packed weights are buffers"),
     ("no optimizer", "q6", {"4 * trains": "trains"}, 3, "four times its bytes"),

@@ -177,7 +177,9 @@ def adapted(adapt: Callable, deep: bool) -> dict:
 
 def _nested(deep: bool) -> nn.Module:
     inner = nn.ModuleDict({"up": nn.Linear(8, 12, bias=False), "norm": nn.LayerNorm(12), "down": nn.Linear(12, 8)})
-    model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "first": nn.Linear(8, 8), "blocks": nn.ModuleList([inner])})
+    blocks = nn.ModuleList([inner])
+    outer = {"embed": nn.Embedding(10, 8), "first": nn.Linear(8, 8), "blocks": blocks, "last": nn.Linear(8, 4)}
+    model = nn.ModuleDict(outer)
     if deep:
         model["blocks"].append(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8))))
     return model

@@ -420,7 +420,7 @@ def adapt(model, make):
             return
 
 
-# %% lab5 q6 turned around
+# %% lab5 q6 turned around | frozen comes first
 def training_bytes(model):
     trains = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
