@@ -3,13 +3,16 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
+import unittest.mock
 from functools import cache
 from pathlib import Path
 
 import jupytext
+import masters
 import nbformat
 import pytest
 from lab_submissions import ROOT, solved, with_answer
@@ -54,6 +57,12 @@ def checks(lab, seed=2026):
     return {Path(name).stem: ExceptionTestFile.from_string(text).test_cases for name, text in files.items()}
 
 
+def execute(cell, env):
+    """Run a cell, but leave numba's simulator as it is: other tests of this process compile kernels."""
+    with unittest.mock.patch.dict(os.environ, NUMBA_ENABLE_CUDASIM=masters.SIMULATOR):
+        exec(compile(cell.source.replace(make_labs.SIMULATOR, ""), "<cell>", "exec"), env)
+
+
 def run(notebook, monkeypatch):
     """The variables that the notebook's cells leave behind; a cell that fails does not stop the next.
 
@@ -66,7 +75,7 @@ def run(notebook, monkeypatch):
             defines = re.search(r"^(def|import|from) ", cell.source, re.MULTILINE)
             if cell.cell_type == "code" and (defines or "print" not in cell.source):
                 with contextlib.suppress(Exception):
-                    exec(compile(cell.source, "<cell>", "exec"), env)
+                    execute(cell, env)
     return env
 
 
@@ -110,7 +119,7 @@ def test_the_handout_earns_nothing_and_its_cells_run(lab, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     for cell in handout.cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, "<cell>", "exec"), env)
+            execute(cell, env)
     points, messages = grade(env, lab)
     assert points == 0
     assert all("returned None" in message or "not written yet" in message for message in messages), messages

@@ -234,7 +234,10 @@ def test_ctrl_c_while_another_program_imports_is_that_programs_own():
 
 
 RANDOM = """
-import random, sys, nf4lab.checkpoints.convert as convert
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background both are handed down as ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import nf4lab.checkpoints.convert as convert
 from nf4lab.__main__ import main
 write, calls, when = convert.quantize, [], int(sys.argv[1])
 def slow(*arguments, **named):

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -136,15 +135,6 @@ def test_every_figure_has_an_alternative_text(decks):
         images = make_slides.BeautifulSoup(deck.read_text(), "html.parser").find_all("img")
         assert len(images) == len(make_slides.named(week.read_text()))
         assert all(len(image["alt"]) > 40 and (deck.parent / image["src"]).exists() for image in images)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("playwright.sync_api")
-    if not shutil.which("chromium"):
-        pytest.skip("no Chromium: install Debian's package `chromium`")
-    with make_slides.chromium() as browser:
-        yield browser
 
 
 @each_week
