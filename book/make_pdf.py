@@ -3,7 +3,7 @@
 The pages' articles, in reading order, become one document with a title page and a table of contents, which Chromium
 prints with its own page numbers, outline and tags for screen readers. Answers and solutions are open on paper; code
 that only plots is left out. The contents have the page numbers of the PDF that is there; where those turn out to be
-others, it is printed once more. Where no page has changed since, nothing is printed.
+others, they are put right and it is printed once more. Where no page has changed since, nothing is printed.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from urllib.parse import urljoin
 
 import yaml
 from browser import chromium, serving
-from bs4 import BeautifulSoup
+from lxml import html
 from pypdf import PdfReader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,13 @@ MATHJAX = {
 PRINTS = 3  # at the most: the second time, the contents know the page numbers of the first
 COLUMN_PX = round((210 - 2 * 20) / 25.4 * 96)  # A4 without its margins, at CSS's 96 pixels an inch
 FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
+PAPER = {
+    "format": "A4", "print_background": True, "outline": True, "tagged": True, "display_header_footer": True,
+    "header_template": "<span></span>", "footer_template": FOOTER,
+    "margin": {"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
+}  # fmt: skip
+NUMBER_CONTENTS = """numbers => document.querySelectorAll("nav a").forEach(
+    line => line.lastElementChild.textContent = numbers[decodeURIComponent(line.hash.slice(1))] ?? "")"""
 
 
 def contents() -> list[tuple[str, list[str]]]:
@@ -47,25 +54,26 @@ def place(page: str, anchor: str = "") -> str:
     return f"{slug}--{anchor}" if anchor else slug
 
 
-def article(page: str, pages: set[str]) -> BeautifulSoup:
+def article(page: str, pages: set[str]) -> html.HtmlElement:
     """A page's article, its ids and links made to fit the one document."""
-    html = (SITE / f"{page}.html").read_text()
-    start, end = html.index("<article"), html.index("</article>")  # to parse all of it takes three times as long
-    soup = BeautifulSoup(html[start:end], "html.parser").find("article")
-    for tag in soup.select(".headerlink, .copybtn, .viewcode-link, .tag_hide-input details.hide"):
-        tag.decompose()
-    for tag in soup.find_all(id=True):
-        tag["id"] = place(page, tag["id"])
-    for tag in soup.find_all("details"):
-        tag["open"] = ""
-    for tag in soup.find_all(href=True):
-        tag["href"] = inside(page, tag["href"], pages)
-        if not tag["href"].startswith(("#", "https:")):  # a page that is not on paper, such as the index
-            tag.unwrap()
-    for tag in soup.find_all(src=True):
-        tag["src"] = urljoin(f"{page}.html", tag["src"])
-    soup.name, soup["id"] = "section", place(page)
-    return soup
+    text = (SITE / f"{page}.html").read_text()
+    found = html.fragment_fromstring(text[text.index("<article") : text.index("</article>")])
+    not_on_paper = [fold for cell in found.find_class("tag_hide-input") for fold in cell.find_class("hide")]
+    for tag in sum(map(found.find_class, ("headerlink", "copybtn", "viewcode-link")), not_on_paper):
+        tag.drop_tree()
+    for tag in found.xpath("//*[@id]"):
+        tag.set("id", place(page, tag.get("id")))
+    for tag in found.iter("details"):
+        tag.set("open", "")
+    for tag in found.xpath("//*[@href]"):
+        tag.set("href", inside(page, tag.get("href"), pages))
+        if not tag.get("href").startswith(("#", "https:")):  # a page that is not on paper, such as the index
+            tag.drop_tag()
+    for tag in found.xpath("//*[@src]"):
+        tag.set("src", urljoin(f"{page}.html", tag.get("src")))
+    found.tag = "section"
+    found.set("id", place(page))
+    return found
 
 
 def inside(page: str, href: str, pages: set[str]) -> str:
@@ -81,19 +89,18 @@ def pages() -> list[str]:
 
 
 @functools.cache
-def articles() -> dict[str, BeautifulSoup]:
+def articles() -> dict[str, html.HtmlElement]:
     """{page: its article}, in reading order."""
     return {page: article(page, set(pages())) for page in pages()}
 
 
-def document(numbers: dict[str, int]) -> str:
-    """The whole book as HTML; the contents name the page numbers that are known."""
-    titles = {page: found.find("h1").get_text().strip() for page, found in articles().items()}
+def document() -> str:
+    """The whole book as HTML; its contents name no page numbers yet."""
     lines = []
     for part, chapters in contents()[1:]:
-        rows = "".join(row(page, titles[page], numbers) for page in chapters)
+        rows = "".join(row(page) for page in chapters)
         lines.append(f"<h2>{part}</h2><ul>{rows}</ul>")
-    body = "".join(str(found) for found in articles().values())
+    body = "".join(html.tostring(found, encoding="unicode") for found in articles().values())
     return (
         f"<!DOCTYPE html><html lang=en data-theme=light><head><meta charset=utf-8><title>4-bit NormalFloat</title>"
         f"<link rel=stylesheet href=_static/pygments.css><style>{PRINT_STYLE.read_text()}</style>"
@@ -105,10 +112,10 @@ def document(numbers: dict[str, int]) -> str:
     )
 
 
-def row(page: str, title: str, numbers: dict[str, int]) -> str:
+def row(page: str) -> str:
     """A line of the contents."""
-    number = numbers.get(place(page), "")
-    return f"<li><a href='#{place(page)}'><span>{title}</span><span>{number}</span></a></li>"
+    title = articles()[page].find(".//h1").text_content().strip()
+    return f"<li><a href='#{place(page)}'><span>{title}</span><span></span></a></li>"
 
 
 def today() -> str:
@@ -125,32 +132,28 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
     return {name.removeprefix("/"): reader.get_destination_page_number(place) + 1 for name, place in places}
 
 
-def print_pdf(html_of, numbers: dict[str, int]) -> bytes:
-    """The PDF of html_of(page numbers), which are first these, and then those of the PDF itself, until they are."""
+def print_pdf(numbers: dict[str, int]) -> bytes:
+    """The book's PDF, whose contents name first these page numbers, and then the PDF's own, until they are the same."""
     with serving(SITE) as address, chromium() as browser:
+        page = opened(browser, address + "whole-book.html", document())
         for _ in range(PRINTS):
-            pdf = print_html(browser, address + "whole-book.html", html_of(numbers))
+            page.evaluate(NUMBER_CONTENTS, numbers)
+            pdf = page.pdf(**PAPER)
             before, numbers = numbers, page_numbers(pdf)
             if same_contents(before, numbers):
                 break
     return pdf
 
 
-def print_html(browser, address: str, html: str) -> bytes:
-    """The PDF of a document that is served at this address, beside the book."""
+def opened(browser, address: str, text: str):
+    """A document that is served at this address, beside the book, as it is to be printed."""
     page = browser.new_page()
-    page.route("**/whole-book.html", lambda route: route.fulfill(body=html, content_type="text/html"))
+    page.route("**/whole-book.html", lambda route: route.fulfill(body=text, content_type="text/html"))
     page.emulate_media(media="print")
     page.set_viewport_size({"width": COLUMN_PX, "height": 900})  # what draws itself measures the column
     page.goto(address)
     page.evaluate("window.MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
-    pdf = page.pdf(
-        format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
-        header_template="<span></span>", footer_template=FOOTER,
-        margin={"top": "18mm", "bottom": "18mm", "left": "20mm", "right": "20mm"},
-    )  # fmt: skip
-    page.close()
-    return pdf
+    return page
 
 
 def same_contents(before: dict[str, int], after: dict[str, int]) -> bool:
@@ -169,7 +172,7 @@ def main() -> int:
         print("no Chromium here (Debian's package `chromium`), so no PDF")
         return 0
     if not up_to_date():
-        PDF.write_bytes(print_pdf(document, page_numbers(PDF.read_bytes()) if PDF.exists() else {}))
+        PDF.write_bytes(print_pdf(page_numbers(PDF.read_bytes()) if PDF.exists() else {}))
     print(f"{PDF.relative_to(ROOT)}: {PDF.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("make_pdf", ROOT / "book" / "make_pdf.py")
@@ -17,20 +18,46 @@ spec.loader.exec_module(make_pdf)
 built = pytest.mark.skipif(not make_pdf.SITE.exists(), reason="the book is not built: run `make book`")
 
 
+class Contents:
+    """A page in a browser, as far as its contents go: what they name each time that it is printed."""
+
+    def __init__(self):
+        self.named, self.printed = None, []
+
+    def evaluate(self, script, numbers):
+        assert script == make_pdf.NUMBER_CONTENTS
+        self.named = numbers
+
+    def pdf(self, **paper):
+        self.printed.append(self.named)
+        return b""
+
+
+FOUND = {"a": 5, "b": 9, "b--anchor": 11}
+
+
 @pytest.mark.parametrize(
-    ("at_first", "prints"), [({"a": 5, "b": 9}, ["59"]), ({"a": 5, "b": 8}, ["58", "59"]), ({}, ["", "59"])]
+    ("at_first", "prints"),
+    [({"a": 5, "b": 9}, [{"a": 5, "b": 9}]), ({"a": 5, "b": 8}, [{"a": 5, "b": 8}, FOUND]), ({}, [{}, FOUND])],
 )
 def test_it_is_printed_again_only_where_the_contents_name_other_pages(monkeypatch, at_first, prints):
-    pytest.importorskip("playwright.sync_api")
-    if not make_pdf.shutil.which("chromium"):
-        pytest.skip("no Chromium: install Debian's package `chromium`")
-    printed = []
+    page = Contents()
     monkeypatch.setattr(make_pdf, "chromium", contextlib.nullcontext)
+    monkeypatch.setattr(make_pdf, "document", str)
+    monkeypatch.setattr(make_pdf, "opened", lambda browser, address, text: page)
     monkeypatch.setattr(make_pdf, "pages", lambda: ["a", "b"])
-    monkeypatch.setattr(make_pdf, "print_html", lambda browser, address, html: printed.append(html) or b"")
-    monkeypatch.setattr(make_pdf, "page_numbers", lambda pdf: {"a": 5, "b": 9, "b--anchor": 11})
-    make_pdf.print_pdf(lambda numbers: "".join(str(numbers[page]) for page in "ab" if page in numbers), at_first)
-    assert printed == prints
+    monkeypatch.setattr(make_pdf, "page_numbers", lambda pdf: FOUND)
+    make_pdf.print_pdf(at_first)
+    assert page.printed == prints
+
+
+def test_the_contents_forget_the_numbers_that_they_had(browser):
+    page = browser.new_page()
+    page.set_content("<nav><ul><li><a href='#a'><span>A</span><span></span></a></li></ul></nav>")
+    for numbers, named in [({"a": 5}, "A5"), ({"a": 7, "b": 8}, "A7"), ({}, "A")]:
+        page.evaluate(make_pdf.NUMBER_CONTENTS, numbers)
+        assert page.inner_text("nav").replace("\n", "") == named
+    page.close()
 
 
 def test_it_is_printed_where_a_page_or_its_style_is_newer(tmp_path, monkeypatch):
@@ -52,7 +79,7 @@ def test_it_is_printed_where_a_page_or_its_style_is_newer(tmp_path, monkeypatch)
 
 @built
 def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside():
-    soup = make_pdf.BeautifulSoup(make_pdf.document({}), "html.parser")
+    soup = BeautifulSoup(make_pdf.document(), "html.parser")
     pages = [page for _, chapters in make_pdf.contents() for page in chapters]
     assert [section["id"] for section in soup.main.find_all("section", recursive=False)] == list(
         map(make_pdf.place, pages)
@@ -85,13 +112,13 @@ def test_every_line_of_the_contents_has_its_page_number(reader):
     assert found == sorted(set(found))
     assert found[0] > 3  # after the title, the contents and the landing page
     for page, number in zip(chapters, found, strict=True):
-        title = make_pdf.article(page, set()).find("h1").get_text()
+        title = make_pdf.article(page, set()).find(".//h1").text_content()
         assert squeezed(title) in squeezed(reader.pages[number - 1].extract_text())
 
 
 def test_no_line_of_code_or_output_is_cut_off_on_paper(reader):
     paper = squeezed("".join(re.sub(r"\s*\d+\s*$", "", page.extract_text()) for page in reader.pages))
-    soup = make_pdf.BeautifulSoup(make_pdf.document({}), "html.parser")
+    soup = BeautifulSoup(make_pdf.document(), "html.parser")
     lines = [line for block in soup.find_all("pre") for line in block.get_text().splitlines()]
     assert len(lines) > 2000
     assert not [line for line in lines if squeezed(line) not in paper]
