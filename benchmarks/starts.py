@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from fine_tune import EVERY, RECORDS, ROWS, held_out, losses, windows
+from fine_tune import RECORDS, ROWS, held_out, losses, windows
 from provenance import provenance
 
 import nf4lab
 from nf4lab import codebooks, models
 
-RANK, ALPHA, RATE, HELD_OUT = 8, 16.0, 0.002, 32
+RANK, ALPHA, RATE, HELD_OUT, EVERY = 8, 16.0, 0.002, 32, 8
 STARTS = ("zero", "loftq", "pissa")
 BASES = {"nf4": nf4lab.FORMATS["nf4"], "2 bits": nf4lab.Format("2 bits", codebooks.nf2())}
 
@@ -50,8 +50,8 @@ def error(model, original) -> float:
     return squares / power
 
 
-def train(model, parameters, seed: int, steps: int, rows, test, of_words) -> dict:
-    """Held-out losses, of all tokens and of words, before training and after every 16 steps."""
+def train(model, parameters, seed: int, steps: int, rows, test, of_words) -> list[tuple[float, float]]:
+    """Held-out losses, of all tokens and of words, before training and after every 8 steps."""
     order = torch.randint(len(rows), (steps, ROWS), generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
     on_the_way = [held_out(model, test, of_words)]
