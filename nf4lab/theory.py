@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nf4lab.codebooks import extremes
+from nf4lab.codebooks.closed import NORMAL
 from nf4lab.codebooks.extremes import Extremes
-from nf4lab.codebooks.normal import NORMAL
 from nf4lab.formats import Format, as_format
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(5)

@@ -1,7 +1,6 @@
 """Who does the work: the torch reference, the numba kernels on the CPU, or those on a GPU. All give the same bytes.
 
-choice      which of them serves a tensor
-reference   plain torch, on any device
+reference   plain torch, on any device, and when a kernel takes its place
 cpu         what the kernels for the CPU take, made of tensors and formats
 cuda        the same for those of a GPU
 feedback    the reference with error feedback along each row of a matrix
@@ -11,8 +10,8 @@ two tables here. They take and give the parts of a QuantizedTensor and know no s
 """
 
 from nf4lab.backends import cpu, cuda, reference
-from nf4lab.backends.choice import CPU_FROM, choose
 from nf4lab.backends.cpu import empty
+from nf4lab.backends.reference import CPU_FROM, choose
 
 QUANTIZE = {"torch": reference.quantize, "cpu": cpu.quantize, "cuda": cuda.quantize}
 DEQUANTIZE = {"torch": reference.dequantize, "cpu": cpu.dequantize, "cuda": cuda.dequantize}

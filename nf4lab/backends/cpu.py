@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nf4lab.formats.double_quant import QuantizedConstants, decoded
-from nf4lab.formats.format import Format, in_blocks, joined
+from nf4lab.formats.format import Format, joined
+from nf4lab.formats.normalizations import in_blocks
 from nf4lab.formats.packing import repack
 
 CHUNK = 2**13  # elements whose constants are made at once: torch shares out no operation on fewer than 2**15

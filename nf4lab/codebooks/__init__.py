@@ -1,10 +1,10 @@
 """Where levels come from: every function returns float32 levels indexed by code, and derives them.
 
-closed     quantiles, uniform grids, small floats, the best levels for a density: NF4, FP4, E2M1, SF4, …
+closed     quantiles, uniform grids, small floats, the best levels for a density: NF4, FP4, E2M1, SF4, …; and the
+           normal density, which all functions take by default
 blocks     levels that know the block: AF4, BOF4, BOF4-S, the best for any block size, density or weights
 lloyd      Lloyd's algorithm for blocks, which the best levels come from
 extremes   how the extremes of a random block are distributed
-normal     the density that all of them take by default
 """
 
 from nf4lab.codebooks.blocks import af4, bof4, bof4_s, fit, optimal

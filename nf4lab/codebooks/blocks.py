@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.codebooks import lloyd
-from nf4lab.codebooks.normal import NORMAL
+from nf4lab.codebooks.closed import NORMAL
 
 
 def optimal(

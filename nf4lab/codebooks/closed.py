@@ -1,7 +1,7 @@
 """Where levels come from: quantiles, uniform grids, small floats, and the best levels for a density.
 
 Every function returns float32 levels indexed by code. Nothing here is a pasted table but IQ4_NL's: the tests
-hold each derivation against the published one.
+hold each derivation against the published one. The density is NORMAL unless another is given.
 """
 
 import numpy as np
@@ -9,8 +9,25 @@ import scipy
 import torch
 from torch import Tensor
 
-from nf4lab.codebooks.normal import NORMAL
 
+class _Normal:
+    """scipy.stats.norm, which takes longer to load than all the rest of nf4lab: SciPy does it at the first use.
+
+    Its quantiles, all that quantizing needs, come from scipy.special, and are the same to the bit.
+    """
+
+    def ppf(self, p):
+        """The quantile at p."""
+        return scipy.special.ndtri(p)
+
+    def __getattr__(self, name: str):
+        return getattr(scipy.stats.norm, name)
+
+    def __repr__(self) -> str:
+        return "scipy.stats.norm"
+
+
+NORMAL = _Normal()
 # The outermost probability: half-way between the last midpoints of 15 and of 16 levels. It was published with seven
 # digits, and that rounding is part of the format: without it 12 of the 16 float32 levels come out different.
 TAIL = round((29 / 30 + 31 / 32) / 2, 7)

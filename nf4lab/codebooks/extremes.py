@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nf4lab.codebooks.normal import NORMAL
+from nf4lab.codebooks.closed import NORMAL
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 

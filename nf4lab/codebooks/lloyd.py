@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 
 from nf4lab.codebooks import extremes
-from nf4lab.codebooks.normal import NORMAL
+from nf4lab.codebooks.closed import NORMAL
 
 POWER = {"mse": 2, "mae": 1}
 GRID = np.sinh(np.linspace(-5, 5, 801)) / np.sinh(5)  # -1 to 1, dense about zero, where heavy tails have their peak

@@ -7,11 +7,11 @@ and each group is coded by the same machinery as weights: absmax, then the neare
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nf4lab import codebooks
 from nf4lab.formats.format import Format
+from nf4lab.formats.normalizations import normalized
 from nf4lab.formats.packing import pack_checked, unpack
 
 MAPS = {
@@ -49,7 +49,7 @@ class DoubleQuant:
         n = constants.numel()
         offset = constants.mean() if self.centred and n else None
         centred = constants if offset is None else constants - offset
-        codes, group_absmax, _ = MAPS[self.map].encode_flat(centred, self.group_size)
+        codes, group_absmax, _ = MAPS[self.map].encode(normalized(centred, self.group_size, MAPS[self.map].normalize))
         stored = pack_checked(codes, 0, MAPS[self.map].code_bits)
         return QuantizedConstants(stored, group_absmax, offset, n, self)
 
@@ -86,8 +86,7 @@ class QuantizedConstants:
         """The constants, float32 (n,): map[code] * group_absmax, then + offset, each rounded to float32."""
         scheme, map = self.double_quant, MAPS[self.double_quant.map]
         codes = unpack(self.codes, self.n, map.code_bits)
-        groups = F.pad(codes, (0, -self.n % scheme.group_size)).reshape(-1, scheme.group_size)
-        constants = map.decode(groups, self.group_absmax, None).reshape(-1)[: self.n]
+        constants = map.decode_flat(codes, scheme.group_size, self.group_absmax, None)
         return constants if self.offset is None else constants + self.offset
 
     def at(self, positions: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nf4lab.formats.normalizations import Normalization, Rule, absmax, normalization_of
+from nf4lab.formats.normalizations import Normalization, Normalized, Rule, absmax, normalization_of
 from nf4lab.formats.packing import WIDTHS, or_
 
 LEAST = 2.0**-149  # the smallest positive float32
@@ -185,25 +186,18 @@ class Format:
         tables = self.tables(normalized.device)
         return tables.ascending[torch.bucketize(normalized, tables.boundaries, out_int32=True)]
 
-    def encode(self, blocks: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes and constants of blocks: float32 (n_blocks, block_size) to (codes, scale, location).
+    def encode(
+        self, parts: list[Normalized], tensor_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(codes, scale, location) of n values, given as `normalized(values, block_size, self.normalize)`.
 
-        codes: uint8 (n_blocks, block_size). scale: float32 (n_blocks,), as stored. location: the same, or None.
+        codes: uint8 (n,). scale: float32 (n_blocks,), as stored. location: the same, or None.
         tensor_scale: float32 (), from `scale_of_tensor`, for formats that have one.
         A block is multiplied by the float32 reciprocal of its scale, as bitsandbytes does. Where the scale is zero
         or so small that the reciprocal is infinite, it is divided instead, and 0/0 counts as 0.
         """
-        codes, scale, location = self.encode_flat(blocks.reshape(-1), blocks.shape[1], tensor_scale)
-        return codes.reshape(blocks.shape), scale, location
-
-    def encode_flat(
-        self, values: Tensor, block_size: int, tensor_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`encode` for values (n,) of which the last block may be shorter: codes are uint8 (n,)."""
-        parts = in_blocks(values, block_size)
-        normalized = [self.normalize(part) for part in parts]
-        constants = [self._constants(*part, tensor_scale) for part in zip(parts, normalized, strict=True)]
-        codes = [self.codes_of(part, *of[2:]).reshape(-1) for part, of in zip(parts, constants, strict=True)]
+        constants = [self._constants(part, tensor_scale) for part in parts]
+        codes = [self.codes_of(part.blocks, *of[2:]).reshape(-1) for part, of in zip(parts, constants, strict=True)]
         stored, location, *_ = joined(constants)
         self.check_scale(stored)
         return (torch.cat(codes) if len(codes) > 1 else codes[0]), stored, location
@@ -233,11 +227,8 @@ class Format:
 
     def decode_flat(self, codes: Tensor, block_size: int, scale: Tensor, location: Tensor | None) -> Tensor:
         """`decode` for codes (n,) of which the last block may be shorter: float32 (n,)."""
-        parts = in_blocks(codes, block_size)
-        counts = [len(part) for part in parts]
-        locations = [None] * len(parts) if location is None else location.split(counts)
-        values = [self.decode(*part).reshape(-1) for part in zip(parts, scale.split(counts), locations, strict=True)]
-        return torch.cat(values) if len(values) > 1 else values[0]
+        blocks = F.pad(codes, (0, -len(codes) % block_size)).reshape(-1, block_size)
+        return self.decode(blocks, scale, location).reshape(-1)[: len(codes)]
 
     def constants(
         self, blocks: Tensor, tensor_scale: Tensor | None = None, search=None
@@ -246,10 +237,10 @@ class Format:
 
         search: what does the work of `least_squares`, for a backend that has something faster.
         """
-        return self._constants(blocks, self.normalize(blocks), tensor_scale, search)
+        return self._constants(Normalized(blocks, *self.normalize(blocks)), tensor_scale, search)
 
-    def _constants(self, blocks: Tensor, normalized: tuple, tensor_scale: Tensor | None, search=None) -> tuple:
-        scale, location = normalized
+    def _constants(self, part: Normalized, tensor_scale: Tensor | None, search=None) -> tuple:
+        blocks, scale, location = part
         scale = scale / self.extreme
         stored = self.as_stored(scale, tensor_scale)
         stored_location = None if location is None else self.as_stored(location)
@@ -302,13 +293,6 @@ def _tables_on(format: Format, device: torch.device) -> Tables:
     return Tables(*(table.to(device) for table in format.tables(torch.device("cpu"))))
 
 
-def in_blocks(values: Tensor, block_size: int) -> list[Tensor]:
-    """Values (n,) in blocks: (n_whole, block_size), then a short last one (1, rest); each only where there is one."""
-    whole = len(values) - len(values) % block_size
-    parts = [values[:whole].reshape(-1, block_size), values[whole:].reshape(1, -1)]
-    return [part for part in parts if part.numel()] or parts[:1]
-
-
 def joined(constants: list[tuple]) -> list[Tensor | None]:
     """Four constants of each part of a tensor to four of the whole."""
     columns = zip(*constants, strict=True)
@@ -334,7 +318,7 @@ def _sum_in_lanes(values: Tensor) -> Tensor:
 
     A fixed order of additions, so that every backend gets the same sum. Rows are filled with zeros to a multiple of 8.
     """
-    groups = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
+    groups = F.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
     lanes = torch.zeros_like(groups[:, 0])
     for group in groups.unbind(1):
         lanes = lanes + group

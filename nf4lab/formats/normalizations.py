@@ -1,11 +1,12 @@
 """How a block is brought to the range of its levels: rules that make a scale, and some a location, of a block.
 
-A rule is a function of blocks. What the rest of the package must know of one stands in its row of `NORMALIZATIONS`:
-a new rule is a function and a row here.
+A rule is a function of blocks; `normalized` cuts values into blocks and gives each what its rule makes of it. What the
+rest of the package must know of a rule stands in its row of `NORMALIZATIONS`: a new rule is a function and a row here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,3 +101,23 @@ def normalization_of(rule: Rule) -> Normalization:
 def is_known(rule: Rule) -> bool:
     """Whether the rule has a row."""
     return normalization_of(rule) in NORMALIZATIONS.values()
+
+
+class Normalized(NamedTuple):
+    """Blocks of one width, float32 (n_blocks, width), with the scale and the location (n_blocks,) of each, or None."""
+
+    blocks: Tensor
+    scale: Tensor
+    location: Tensor | None
+
+
+def normalized(values: Tensor, block_size: int, rule: Rule) -> list[Normalized]:
+    """Values, float32 (n,), in blocks with what the rule makes of each: the whole blocks, then the short last one."""
+    return [Normalized(blocks, *rule(blocks)) for blocks in in_blocks(values, block_size)]
+
+
+def in_blocks(values: Tensor, block_size: int) -> list[Tensor]:
+    """Values (n,) in blocks: (n_whole, block_size), then a short last one (1, rest); each only where there is one."""
+    whole = len(values) - len(values) % block_size
+    parts = [values[:whole].reshape(-1, block_size), values[whole:].reshape(1, -1)]
+    return [part for part in parts if part.numel()] or parts[:1]
