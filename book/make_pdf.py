@@ -29,6 +29,8 @@ MATHJAX = {
     "loader": {"load": ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]},
     "options": {"processHtmlClass": "math"},
 }
+# Names, signs and spaces of code have the colour of what is around them, and are most of the tags of the book.
+UNCOLOURED = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 PRINTS = 3  # at the most: the second time, the contents know the page numbers of the first
 COLUMN_PX = round((210 - 2 * 20) / 25.4 * 96)  # A4 without its margins, at CSS's 96 pixels an inch
 FOOTER = "<div style='font: 8px sans-serif; width: 100%; text-align: center'><span class=pageNumber></span></div>"
@@ -57,7 +59,8 @@ def place(page: str, anchor: str = "") -> str:
 def article(page: str, pages: set[str]) -> html.HtmlElement:
     """A page's article, its ids and links made to fit the one document."""
     text = (SITE / f"{page}.html").read_text()
-    found = html.fragment_fromstring(text[text.index("<article") : text.index("</article>")])
+    text = text[text.index("<article") : text.index("</article>")]
+    found = html.fragment_fromstring(UNCOLOURED.sub(r"\1", text))
     not_on_paper = [fold for cell in found.find_class("tag_hide-input") for fold in cell.find_class("hide")]
     for tag in sum(map(found.find_class, ("headerlink", "copybtn", "viewcode-link")), not_on_paper):
         tag.drop_tree()

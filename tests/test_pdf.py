@@ -92,6 +92,15 @@ def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside(
     assert all((make_pdf.SITE / image["src"]).exists() for image in soup.find_all("img"))
 
 
+@built
+def test_tags_that_are_left_out_have_the_colour_of_the_text_around_them():
+    style = (make_pdf.SITE / "_static" / "pygments.css").read_text()
+    colour = dict(re.findall(r'\[data-theme="light"\] \.highlight *(?:\.(\w+) )?\{[^}]*?(?<!-)(color: #\w+)', style))
+    names = re.search(r"\(\?:(.+?)\)", make_pdf.UNCOLOURED.pattern)[1].split("|")
+    assert {colour[name] for name in names} == {colour[""]}
+    assert colour["k"] != colour[""]
+
+
 @pytest.fixture(scope="module")
 def reader():
     if not make_pdf.PDF.exists():
