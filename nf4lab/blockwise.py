@@ -116,7 +116,7 @@ class QuantizedTensor:
     def of_blocks(self, blocks: Tensor) -> "QuantizedTensor":
         """These blocks as a tensor of their own: int64 (m,) to shape (m * block_size,), with constants decoded.
 
-        A short last block is filled up with whatever code; of a tensor without elements there are no blocks.
+        A short last block is filled up with arbitrary codes; of a tensor without elements there are no blocks.
         """
         width = self.block_size * self.format.code_bits // 8  # whole bytes for every width and size there is
         places = blocks[:, None] * width + torch.arange(width, device=blocks.device)
@@ -174,7 +174,7 @@ def quantize(
 
     Raises TypeError for a tensor or argument of the wrong type, ValueError for a value that is not finite in
     float32 (naming the first), a block size, format or backend that does not exist or does not take this tensor, and a
-    hessian that is none of x's.
+    hessian that does not fit x.
     Source: QLoRA (arXiv:2305.14314).
     """
     _check_tensor(x)

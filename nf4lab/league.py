@@ -152,7 +152,7 @@ def play(
     for name, x in tensors:
         power = mse(x, torch.zeros_like(x))
         if not power:
-            raise ValueError(f"tensor {name!r} is all zeros: its errors cannot be set in relation to it")
+            raise ValueError(f"tensor {name!r} is all zeros: there is no error relative to it")
         for one in lineup:
             try:
                 q = one.quantize(x)

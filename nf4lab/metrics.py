@@ -41,7 +41,7 @@ def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
         (d @ h * d).sum().item() for d in (w_hat.detach().double() - w.detach().double(), w.detach().double())
     )
     if power <= 0:
-        raise ValueError("the layer's outputs are all zero: their error cannot be set in relation to them")
+        raise ValueError("the layer's outputs are all zero: there is no error relative to them")
     return error / power
 
 

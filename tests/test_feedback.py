@@ -108,7 +108,7 @@ def test_the_weights_are_left_as_they_were(case):
         (torch.eye(64), ValueError, r"take a hessian \(128, 128\); got \(64, 64\)"),
         (torch.full((128, 128), torch.nan), ValueError, "must be finite; 16384 of its values are not"),
         (torch.eye(128) + torch.ones(128, 128).triu(1), ValueError, "must be symmetric; it differs .* by up to 1"),
-        (-torch.eye(128), ValueError, "negative diagonal: -1 is no mean square"),
+        (-torch.eye(128), ValueError, "negative diagonal: -1 is not a mean square"),
         (torch.eye(128) + 2 * (1 - torch.eye(128)), ValueError, "not positive definite with damping 0.01"),
         (torch.eye(128).long(), TypeError, "must be a floating-point torch.Tensor; got torch.int64"),
         ([[1.0]], TypeError, "must be a floating-point torch.Tensor; got list"),

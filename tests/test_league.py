@@ -171,7 +171,7 @@ def test_most_takes_evenly_spaced_rows(checkpoint, tmp_path, capsys):
         (["--include", "zero*"], "every matrix that was compared is all zeros"),
         (["--most", "100"], "--most must be at least 4096; got 100"),
         (["--plot", "out.gif"], "--plot draws .png, .svg or .pdf; got 'out.gif'"),
-        (["--csv", "nowhere/out.csv"], "nowhere is no folder to write out.csv to; nothing was compared"),
+        (["--csv", "nowhere/out.csv"], "nowhere is not a folder to write out.csv to; nothing was compared"),
         (["--csv", "in.safetensors"], "in.safetensors exists already; nothing was compared"),
     ],
 )

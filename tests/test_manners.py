@@ -76,7 +76,7 @@ def test_a_file_that_is_something_else_is_called_by_its_name(tmp_path, capsys, c
     for arguments in (["inspect"], ["compare"], ["quantize", str(tmp_path / "out")]):
         command, *more = arguments
         assert main([command, str(tmp_path / "model.safetensors"), *more]) == 1
-        assert f"nf4lab: model.safetensors is no safetensors file but {words}" in capsys.readouterr().err
+        assert f"nf4lab: model.safetensors is not a safetensors file but {words}" in capsys.readouterr().err
 
 
 def test_a_folder_of_pickles_names_them(tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_what_stays_and_its_share_are_listed_with_a_warning_over_half(checkpoint
 
 def test_a_target_that_cannot_be_is_refused_by_the_name_that_was_given(checkpoint, tmp_path, capsys):
     assert main(["quantize", str(checkpoint), str(tmp_path / "no" / "out")]) == 1
-    assert f"nf4lab: {tmp_path / 'no'} is no folder to write out to" in capsys.readouterr().err
+    assert f"nf4lab: {tmp_path / 'no'} is not a folder to write out to" in capsys.readouterr().err
     assert main(["quantize", str(checkpoint), f"{tmp_path}/new/"]) == 1
     assert "names a folder, and IN is one file: name the file to write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]

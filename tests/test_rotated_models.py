@@ -68,7 +68,7 @@ def test_the_command_line_rotates_and_calibrates(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "nowhere"}, "is no folder with a config.json"),
+        ({"source": "nowhere"}, "is not a folder with a config.json"),
         ({"text": ""}, "the text to calibrate with has no token"),
     ],
 )

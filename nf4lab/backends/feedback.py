@@ -43,7 +43,7 @@ def check_hessian(hessian: Tensor, w: Tensor) -> Tensor:
     if skew > 1e-3 * hessian.abs().max().item():
         raise ValueError(f"hessian must be symmetric; it differs from its transpose by up to {skew:.3g}")
     if hessian.diagonal().min() < 0:
-        raise ValueError(f"hessian has a negative diagonal: {hessian.diagonal().min().item():.3g} is no mean square")
+        raise ValueError(f"hessian has a negative diagonal: {hessian.diagonal().min().item():.3g} is not a mean square")
     return hessian
 
 

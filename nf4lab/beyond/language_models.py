@@ -42,7 +42,7 @@ def quantize_language_model(
 
     The whole model is in memory, and for calibration a float64 matrix as wide as its input for each layer.
 
-    Raises FileExistsError where target exists, ValueError where source is no folder of a causal language model, is
+    Raises FileExistsError where target exists, ValueError where source is not a folder of a causal language model, is
     quantized already, can't be rotated, or where text has no token; otherwise as `nf4lab.quantize_model_`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +51,7 @@ def quantize_language_model(
     check_target(target)
     config = read_config(source) if source.is_dir() else None
     if config is None:
-        raise ValueError(f"{source} is no folder with a config.json: a whole model is needed to rotate or calibrate")
+        raise ValueError(f"{source} is not a folder with a config.json: a whole model is needed to rotate or calibrate")
     check_not_quantized(source, config, {})
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
     if rotate is not None:

@@ -126,7 +126,7 @@ def _bordered(q: Tensor, sign: float) -> Tensor:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """Q[a, b] = 1 where a - b is a square of the field of q elements, -1 where it is none, 0 for a = b."""
+    """Q[a, b] = 1 where a - b is a square of the field of q elements, -1 where it is not, 0 for a = b."""
     p, degree = _prime_power(q)
     elements = list(itertools.product(range(p), repeat=degree))  # coefficients of polynomials, the highest first
     modulus = _irreducible(p, degree)
@@ -138,7 +138,7 @@ def _jacobsthal(q: int) -> Tensor:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p**k and p a prime; None where q is none, or k is above 3."""
+    """(p, k) with q = p**k and p a prime; None where q is not a prime power, or k is above 3."""
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
     return next(((p, k) for k in (1, 2, 3) if q == p**k > 1), None)
 

@@ -58,7 +58,7 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
 
 
 def model_of(folder: Path, config: dict) -> nn.Module | None:
-    """transformers' model for a config.json, on the meta device; None where it is not installed or knows none."""
+    """transformers' model for a config.json, on the meta device; None where it cannot make one."""
     try:
         import transformers
     except ImportError:

@@ -48,7 +48,7 @@ def quantize_checkpoint(
     """Quantize a checkpoint into another; returns counts: tensors, quantized, bytes_before, bytes_after, what stays.
 
     source: a safetensors file, which makes target a file; or a folder or the index in it, which makes target a folder
-    with the same shards, an index, and copies of the files that are no weights.
+    with the same shards, an index, and copies of the files that hold no weights.
     Matrices that multiply are quantized, the rest is copied. In a folder whose config.json transformers knows, its
     model says which those are, and matrices that it keeps transposed are turned, as its integration of bitsandbytes
     does; otherwise names tell. See `nf4lab.choice`. What stays and why is in "kept" by name, the share of all weights
@@ -101,7 +101,7 @@ def check_target(target: Path) -> None:
     if target.exists():
         raise FileExistsError(f"{target} exists already; nothing was written")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder to write {target.name} to; nothing was written")
+        raise FileNotFoundError(f"{target.parent} is not a folder to write {target.name} to; nothing was written")
 
 
 def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | None = None, bar=None) -> dict[str, int]:

@@ -104,7 +104,7 @@ def _check_index(weight_map: dict[str, str], files: list[TensorFile], index: str
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The map from tensors to shards of an index file. Raises ValueError where it is none or leaves its folder."""
+    """The map from tensors to shards of an index file. Raises ValueError where it has none or leaves its folder."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -27,7 +27,7 @@ MARKS = {
 
 
 def read_config(folder: Path) -> dict | None:
-    """The config.json of a folder; None without one. Raises ValueError, with its name, where it is no JSON object."""
+    """The config.json of a folder, None without one. Raises ValueError, with its name, unless it is a JSON object."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -67,7 +67,7 @@ def _method_of(config: dict) -> str | None:
 
 
 def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
-    """Copy what is no weight: configurations, tokenizers, licences, subfolders. Returns what was left out, by name.
+    """Copy what holds no weights: configurations, tokenizers, licences, subfolders. Returns what was left out, by name.
 
     weights: the files that the model was read from, which are not counted as left out.
 

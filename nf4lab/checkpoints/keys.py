@@ -203,8 +203,8 @@ def _from_nf4lab(packed: Tensor, state: dict, parts: dict[str, Tensor]) -> Quant
         scheme = DoubleQuant(**state["double_quant"])
     n_blocks = -(-math.prod(shape) // block_size)
     kinds = KINDS if format.normalization.has_location else KINDS[:1]
-    per_kind = CONSTANTS_PARTS[: 2 + (scheme.centred and n_blocks > 0)] if scheme else ("",)
-    wanted = {kind + part for kind in kinds for part in per_kind}
+    n_parts = 1 if scheme is None else 3 if scheme.centred and n_blocks else 2
+    wanted = {kind + part for kind in kinds for part in CONSTANTS_PARTS[:n_parts]}
     _check_keys(parts, wanted | ({".tensor_scale"} if format.tensor_scale else set()))
     stored = {}
     for kind in kinds:

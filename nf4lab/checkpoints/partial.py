@@ -60,7 +60,7 @@ def folder_appearing_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def leftovers(path: str | os.PathLike) -> dict[Path, int]:
-    """What killed runs left beside `path` on their way to it, each with its bytes. What is being written is none."""
+    """What killed runs left beside `path` on their way to it, each with its bytes; nothing that is being written."""
     path = Path(path)
     if not path.parent.is_dir():
         return {}
@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder to write {path.name} to")
+        raise FileNotFoundError(f"{path.parent} is not a folder to write {path.name} to")
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 

@@ -127,7 +127,7 @@ def _check_beginning(file, name: str) -> None:
     beginning = file.read(64)
     for known, what in BEGINNINGS.items():
         if beginning.lstrip().lower().startswith(known.lower()):
-            raise ValueError(f"{name} is no safetensors file but {what}")
+            raise ValueError(f"{name} is not a safetensors file but {what}")
 
 
 def _parse_header(raw: bytes, name: str) -> dict:
@@ -150,7 +150,7 @@ def _entry(value: object, where: str) -> Entry:
     if not is_shape(shape):
         raise ValueError(f"{where}: a shape is a list of integers of at least 0; got {shape!r:.80}")
     if not is_shape(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{where}: data_offsets are a start and a stop behind it; got {offsets!r:.80}")
+        raise ValueError(f"{where}: data_offsets are a start and a stop after it; got {offsets!r:.80}")
     start, stop = offsets
     expected = math.prod(shape) * DTYPES[name].itemsize
     if stop - start != expected:

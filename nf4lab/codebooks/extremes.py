@@ -1,6 +1,6 @@
 """The extremes of a random block: how they are distributed, and what lies between them.
 
-Normalisation divides by a block's extremes, so a normalised weight is no draw from the density that its block was
+Normalisation divides by a block's extremes, so a normalised weight is not a draw from the density that its block was
 drawn from. One fact makes everything computable: given its extremes, the other weights of a block are independent of
 each other and follow the density cut off at the extremes. An expectation over a block is then an integral over the
 extremes, done here as a sum over quadrature nodes, of integrals over a single weight.
@@ -86,7 +86,7 @@ def of_range(block_size: float, density=NORMAL) -> Extremes:
 def magnitude_edges(block_size: float, density=NORMAL, breaks=()) -> np.ndarray:
     """The ends of panels that cover the largest magnitude of a block: float64, ascending from 0.
 
-    Beyond the last, neither a probability nor a part of the variance is left that matters.
+    Beyond the last lie a probability and a share of the variance that no longer matter.
     """
     expected = [41, 10, 3, 1, 0.2, 1e-2, 1e-4, 1e-7, 1e-11, 1e-16]  # how many of the block lie beyond, on average
     edges = _largest(expected, block_size, density)
@@ -106,7 +106,7 @@ def _largest(expected, block_size: float, density) -> np.ndarray:
 def _panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes and weights on each interval between edges, spaced by ratio where an interval has one sign.
 
-    A tail that falls like a power is smooth in the logarithm, and the tails of a bell are as well off there.
+    A tail that falls like a power is smooth in the logarithm, and the tails of a bell lose nothing by it.
     """
     low, high = edges[:-1, None], edges[1:, None]
     by_ratio = low * high > 0

@@ -71,7 +71,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists already; nothing was compared")
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder to write {path.name} to; nothing was compared")
+            raise FileNotFoundError(f"{path.parent} is not a folder to write {path.name} to; nothing was compared")
 
 
 def _chosen(source: str, files: list[TensorFile], include: list[str]) -> dict[str, TensorFile]:

@@ -35,7 +35,7 @@ def dumps(value) -> bytes:
 
 
 def loads(data: bytes):
-    """The value that `dumps` was given. Raises ValueError where the bytes are none of its."""
+    """The value that `dumps` was given. Raises ValueError for other bytes."""
     n = 4 + int.from_bytes(data[:4], "big")
     try:
         tensors = safetensors.torch.load(data[n:]) if len(data) > n else {}

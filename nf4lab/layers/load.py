@@ -20,11 +20,11 @@ from nf4lab.layers.swap import replace_layer
 def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     """Fill `model` from a checkpoint, in place, with a 4-bit layer for each weight that is stored in 4 bits.
 
-    model: of the architecture that the checkpoint was made of, in full precision, its weights of no matter: as
-    `AutoModelForCausalLM.from_config(config)` makes it. path: as for `nf4lab.load_quantized`. Any format of nf4lab's.
-    For a model of transformers names are translated as it does, and experts that the file has one by one are joined:
-    their values are the file's, their constants stored in full. Weights that the file lacks since they are tied are
-    tied again.
+    model: of the checkpoint's architecture, in full precision; its weights do not matter, so one that
+    `AutoModelForCausalLM.from_config(config)` makes will do. path: as for `nf4lab.load_quantized`. Any format of
+    nf4lab's. For a model of transformers names are translated as it does, and experts that the file has one by one are
+    joined: their values are the file's, their constants stored in full. Weights that the file lacks because they are
+    tied are tied again.
 
     Raises ValueError, naming the tensor, where the model has no place for it, another shape, or a parameter that the
     file lacks; the model is then as it was.
@@ -60,7 +60,7 @@ def _joined(model: nn.Module, place: str, parts: dict[str, QuantizedTensor | Ten
         q = quantize(tensor, first.format, first.block_size)
         if not torch.equal(q.dequantize(), tensor):
             raise ValueError(
-                f"{name!r} is joined of {len(parts)} tensors, and {first.format.name} does not hold the whole"
+                f"{name!r} is joined from {len(parts)} tensors, and {first.format.name} does not hold the whole"
             )
         made[name] = replace(q, dtype=first.dtype)
     return made

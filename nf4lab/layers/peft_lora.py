@@ -41,7 +41,7 @@ class Lora4bit(PeftLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters to the weight, in float32, and quantize the sum as the weight was.
 
-        safe_merge: raise ValueError, and merge nothing, where the sum is not finite; it never is kept.
+        Raises ValueError where the sum is not finite, whatever safe_merge says: 4 bits cannot hold it.
         """
         base = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):

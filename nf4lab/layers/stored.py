@@ -74,7 +74,8 @@ class Stored4bit(nn.Module):
         parts = {key: state_dict.pop(key) for key in list(state_dict) if key == name or key.startswith(f"{name}.")}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if name not in parts:
-            missing_keys += [name] * strict
+            if strict:
+                missing_keys.append(name)
             return
         try:
             self._load(from_parts(name, parts), metadata.get("assign_to_params_buffers", False))

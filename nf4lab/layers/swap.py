@@ -47,7 +47,7 @@ class QuantizedLayer(NamedTuple):
 class QuantizedLayers(list[QuantizedLayer]):
     """A list of rows that prints as a table, with the number of all weights and their bits in the last line.
 
-    kept: what matrices stay as they are, by name, and why; the table names them below. kept_share: the share that all
+    kept: which matrices stay as they are, by name, and why; the table names them below. kept_share: the share that all
     weights left as they are have in the model's.
     """
 
@@ -85,7 +85,7 @@ def quantize_model_(
     hessians: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> QuantizedLayers:
-    """Put the matrices of `model` that multiply into 4 bits, in place; return a row for each, and what stays and why.
+    """Quantize the matrices that `model` multiplies by, in place; return a row for each, and what stays and why.
 
     Linear layers become Linear4bit, and so does the Conv1D of GPT-2; the three-dimensional parameters of fused experts
     become Experts4bit, and an embedding that a pattern names Embedding4bit. What stays: embeddings and what shares

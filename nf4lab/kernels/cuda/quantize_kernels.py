@@ -183,7 +183,7 @@ def write_group(packed, i, n, wide, word):
 
 @cuda.jit(device=True, inline="always")
 def write_absmax(absmax, flag, i, n, block_shift, lanes, bits, check):
-    """The first thread of a block stores its absmax, and raises the flag if that is no number."""
+    """The first thread of a block stores its absmax, and raises the flag if that is infinite or NaN."""
     if cuda.threadIdx.x & (lanes - 1) == 0 and 8 * i < n:
         absmax[(8 * i) >> block_shift] = bits_float(bits)
         if check and bits >= uint32(INFINITY_BITS):
