@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import nf4lab
+from nf4lab.layers import sharded
+from nf4lab.layers.stored import Stored4bit
 
 PROGRAM = Path(__file__).with_name("fsdp_two.py")
 
@@ -55,6 +57,11 @@ def test_without_processes_a_shardable_model_is_the_same_and_is_saved_alike():
     after = model.state_dict()
     assert before.keys() == after.keys() and torch.equal(before["0.weight"], after["0.weight"])
     assert [p.dtype for n, p in model.named_parameters() if n.endswith("packed")] == [torch.uint8] * 2
+
+
+def test_every_4_bit_layer_of_the_package_can_be_sharded():
+    layers = {layer for layer in Stored4bit.__subclasses__() if layer.__module__.startswith("nf4lab.")}
+    assert layers - {sharded._PackedParameter} == sharded.SHARDABLE.keys()
 
 
 def test_a_model_without_4_bit_layers_is_refused():

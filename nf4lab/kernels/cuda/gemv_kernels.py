@@ -344,4 +344,3 @@ def tensor_core_kernel(fragments):
 
 
 TENSOR_CORES = {fragments: tensor_core_kernel(fragments) for fragments in (1, 2, 4)}
-VERSIONS = {"v1": v1, "v2": v2, "v3": TENSOR_CORES[1]}
