@@ -12,7 +12,7 @@ LABS = Path(__file__).resolve().parent
 
 
 def solved(lab: str) -> bytes:
-    """The master as a student who knows everything would hand it in: no checks, no tags."""
+    """The master as a student who knows everything would hand it in: without its checks."""
     master = jupytext.read(LABS / lab / "master.md")
     cells = [cell for cell in master.cells if not {"public", "hidden"} & set(cell.metadata.get("tags", []))]
     for cell in cells:

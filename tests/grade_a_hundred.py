@@ -7,7 +7,6 @@ Too long for every test run; tests/test_grading.py does the same with fewer.
 """
 
 import argparse
-import importlib.util
 import re
 import resource
 import socket
@@ -32,12 +31,8 @@ LIMITS = sandbox.Limits(seconds=120, cell_seconds=5, question_seconds=20, memory
 
 def hundred(outside: Path, port: int) -> dict[str, tuple[bytes, float, str, str]]:
     """Every hostile kind, every mistake of lab 1, and right ones to make a hundred, with what to expect of each."""
-    path = ROOT / "tests" / "mistakes" / "lab1.py"
-    spec = importlib.util.spec_from_file_location("mistakes", path)
-    mistakes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mistakes)
     batch = lab_submissions.hostile("lab1", outside, port)
-    for name, (answer, lost, _) in mistakes.MISTAKES.items():
+    for name, (answer, lost, _) in lab_submissions.mistakes("lab1").items():
         batch[name.replace("/", " over ")] = (as_bytes(with_answer("lab1", answer)), 20 - lost, "^graded", "^$")
     for i in range(100 - len(batch)):
         notebook = stripped(solved("lab1")) if i % 3 else as_bytes(solved("lab1"))

@@ -1,5 +1,6 @@
 """Submissions to grade: right, wrong and hostile ones, made from a lab's master."""
 
+import importlib
 import json
 import re
 import sys
@@ -10,19 +11,39 @@ from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "labs"))
+import make_labs  # noqa: E402
 import selftest  # noqa: E402
 
 
+def mistakes(lab: str) -> dict[str, tuple[str | tuple, float, str]]:
+    """{what it is called: (the answer, the points that it costs, a pattern of what its author is told)}.
+
+    The answer is a function's text, for `with_answer`, or a question and what is replaced there, for `changed`.
+    """
+    return importlib.import_module(f"mistakes.{lab}").MISTAKES
+
+
 def solved(lab: str) -> nbformat.NotebookNode:
-    """The master as a student who knows everything would hand it in: no checks, no tags."""
+    """The master as a student who knows everything would hand it in: without its checks."""
     return nbformat.reads(selftest.solved(lab).decode(), as_version=4)
 
 
 def with_answer(lab: str, answer: str) -> nbformat.NotebookNode:
-    """The solved notebook, with one more cell at the question of the function that `answer` defines: the last wins."""
+    """The solved notebook, with `answer` below the function of the name that it defines: the last wins."""
     notebook, name = solved(lab), re.search(r"^def (\w+)", answer, re.MULTILINE)[1]
-    at = next(i for i, cell in enumerate(notebook.cells) if re.search(rf"^def {name}\b", cell.source, re.MULTILINE))
-    notebook.cells[at] = new_code_cell(notebook.cells[at].source + "\n\n\n" + answer)
+    cell = next(cell for cell in notebook.cells if re.search(rf"^def {name}\b", cell.source, re.MULTILINE))
+    cell.source += "\n\n\n" + answer
+    return notebook
+
+
+def changed(lab: str, question: str, changes: dict[str, str]) -> nbformat.NotebookNode:
+    """The solved notebook, with each old text replaced by the new in the first of the question's cells that has it."""
+    notebook, left = solved(lab), dict(changes)
+    for cell in (cell for cell in notebook.cells if make_labs.question(cell) == question):
+        for old in [old for old in left if old in cell.source]:
+            cell.source = cell.source.replace(old, left.pop(old))  # a later change sees the earlier ones
+    if left:
+        raise ValueError(f"not in {question} of {lab}'s master: {list(left)}")
     return notebook
 
 

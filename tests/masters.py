@@ -1,82 +1,81 @@
-"""A lab's master taken apart for tests: its cells, its checks, and what a changed submission earns.
+"""The one way in which tests run a lab's notebook and grade it: here, in this process.
 
-A submission is the master with some texts replaced. Its cells are run in one namespace and its checks called as the
-grader calls them, in this process: that shows which points a mistake costs and what its author is told. The whole way,
-notebook to table, is in tests/test_labs.py.
+That shows which points a mistake costs and what its author is told. `lab_submissions` makes the notebooks, of the
+lab's master; the whole way, from notebooks to a table, is in tests/test_grading.py.
 """
 
+import ast
 import contextlib
 import functools
 import os
-import re
+import tempfile
 import unittest.mock
 from pathlib import Path
 
-import jupytext
-import torch
+import make_labs
+from otter.test_files.exception_test import ExceptionTestFile
 
-import nf4lab
-from nf4lab import labs
+from nf4lab.labs import feedback
 
-SIMULATOR = os.environ.get("NUMBA_ENABLE_CUDASIM", "0")  # other tests of this process must not find it switched on
-ROOT = Path(__file__).resolve().parents[1]
+SIMULATOR = os.environ.get("NUMBA_ENABLE_CUDASIM", "0")
 
 
 @functools.cache
-def cells(lab):
-    """The master's code cells as (source, tags)."""
-    notebook = jupytext.read(ROOT / "labs" / lab / "master.md")
-    return [(c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells if c.cell_type == "code"]
+def made(lab):
+    """What the maker gives: the student's notebook, and the files of all checks, without a seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        notebook, _, checks = make_labs.assign(lab, Path(folder))
+    return notebook, checks
 
 
-def is_check(tags):
-    return bool({"public", "hidden"} & set(tags))
+@functools.cache
+def checks(lab, seed=2026):
+    """{question: its checks}, as the grader has them."""
+    files = make_labs.check_files(lab, made(lab)[1], seed)
+    return {Path(name).stem: ExceptionTestFile.from_string(text).test_cases for name, text in files.items()}
 
 
-def points(tags):
-    return sum(float(found[1]) for tag in tags if (found := re.fullmatch(r"([\d.]+)-points?", tag)))
-
-
-def total(lab, questions=None):
+def possible(lab, questions=None):
     """The points that a lab's checks give, or those of some of its questions."""
-    return sum(points(tags) for _, tags in cells(lab) if is_check(tags) and (not questions or tags[0] in questions))
+    return sum(check.points for _, check in _chosen(lab, questions))
 
 
-def run(lab, question=None, changes=(), every_cell=False):
-    """The namespace of a submission: the master, with each (old, new) of `changes` replaced in a question's answers.
+def run(notebook, every_cell=False):
+    """The variables that a notebook's cells leave behind.
 
-    Answers and what they need are run, and everything else too if `every_cell`. "handout" for the changes leaves every
-    solution out.
+    Unless `every_cell`, those that only measure and print are passed over. numba's simulator stays as it was: other
+    tests of this process compile kernels.
     """
-    env, left = {"__name__": "submission"}, {} if changes == "handout" else dict(changes)
-    for source, tags in cells(lab):
-        if is_check(tags):
-            continue
-        if changes == "handout":
-            source = re.sub(r"# BEGIN SOLUTION.*?# END SOLUTION|[^\n ][^\n]*# SOLUTION", "...", source, flags=re.DOTALL)
-        for old in [old for old in left if question in tags and old in source]:
-            source = source.replace(old, left.pop(old))  # in the order given: a later change sees the earlier ones
-        if every_cell or tags or source.startswith(("import torch", "import os\n\nimport", "boundaries")):
-            with unittest.mock.patch.dict(os.environ, NUMBA_ENABLE_CUDASIM=SIMULATOR):
-                exec(compile(source, f"<{lab}>", "exec"), env)
-    assert not left, f"not in {question} of the master: {list(left)}"
+    env = {"__name__": "submission"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (every_cell or is_needed(cell)):
+            with unittest.mock.patch.dict(os.environ, NUMBA_ENABLE_CUDASIM=SIMULATOR, MPLBACKEND="Agg"):
+                exec(compile(cell.source, "<cell>", "exec"), env)
     return env
+
+
+def is_needed(cell):
+    """Whether answers or checks can need a cell: it answers a question, imports, or does nothing but define."""
+    body = ast.parse(cell.source).body
+    imports = any(isinstance(part, (ast.Import, ast.ImportFrom)) for part in body)
+    defines = all(isinstance(part, (ast.Assign, ast.ClassDef, ast.FunctionDef)) for part in body)
+    return bool(make_labs.question(cell)) or imports or defines
 
 
 def outcome(lab, env, questions=None, seed=2026):
     """(points, {check: message} of those that fail) of a namespace; other questions than those named are left out."""
     earned, told = 0.0, {}
-    for source, tags in cells(lab):
-        if not is_check(tags) or (questions and tags[0] not in questions):
-            continue
-        module = getattr(__import__(f"nf4lab.labs.{lab}").labs, lab)
-        known = {"torch": torch, "nf4lab": nf4lab, "feedback": labs.feedback, lab: module, "SEED": seed}
-        exec(source, known)
-        name = re.search(r"^def (\w+)\(env\)", source, re.M)[1]
+    for question, check in _chosen(lab, questions, seed):
         try:
-            with labs.feedback.forgiving() if "hidden" in tags else contextlib.nullcontext():
-                known[name](env)
-            earned += points(tags)
-        except labs.feedback.Mistake as mistake:
-            told[f"{tags[0]} {tags[1]} {name}"] = str(mistake)
+            with feedback.forgiving() if check.hidden else contextlib.nullcontext():
+                check.body.call_func(env)
+            earned += check.points
+        except feedback.Mistake as mistake:
+            told[f"{question} {check.body.test_func.__name__}"] = str(mistake)
     return earned, told
+
+
+def _chosen(lab, questions, seed=2026):
+    """(question, check) of these questions, or of all."""
+    found = checks(lab, seed)
+    return [(question, check) for question in questions or found for check in found[question]]

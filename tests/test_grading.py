@@ -10,17 +10,15 @@ import sys
 from dataclasses import replace
 
 import attacks
-import lab_submissions
-import nbformat
-import pytest
-from lab_submissions import ROOT, as_bytes, preceded, solved, with_answer
-
-sys.path.insert(0, str(ROOT / "labs"))
 import grade
 import judge
+import lab_submissions
 import make_labs
+import nbformat
+import pytest
 import sandbox
 import tables
+from lab_submissions import ROOT, as_bytes, preceded, solved, with_answer
 
 LIMITS = sandbox.Limits(seconds=60, cell_seconds=3, question_seconds=6, memory_gb=2)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="submissions are shut in by Linux's own means")

@@ -3,15 +3,11 @@
 import csv
 import io
 import random
-import sys
 import zipfile
 
-import pytest
-from lab_submissions import ROOT
-
-sys.path.insert(0, str(ROOT / "labs"))
 import gradebooks
 import intake
+import pytest
 
 NOTEBOOK = b'{"cells": []}'
 FIRST = [
