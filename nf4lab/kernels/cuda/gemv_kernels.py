@@ -208,11 +208,27 @@ def next_step(tile, chunk, start, warp, past, jump):
 def tensor_core_kernel(fragments):
     """v3 for up to 4 * fragments rows of x.
 
-    One tensor core step multiplies A (16 rows of W, 16 columns) by B (16 columns, 8). Lane (g, t) of a warp, g = lane
-    / 4 and t = lane % 4, holds rows g and g + 8 of A and column g of B. It gives A 32 codes of its rows, columns
-    32t.. of a piece of 128; any order of columns will do as long as x follows it. Lanes t = 0, 1 hold the piece's
-    first 64 columns, t = 2, 3 the last 64: column 2m of B is x's row m there and 0 elsewhere, column 2m + 1 the
-    opposite. So each 64 columns, which share an absmax, come out as a sum of their own, in lane t = m.
+    A thread block takes tiles of 16 rows of W. Its warps take a tile's columns by chunks of 256, every 16th chunk the
+    same warp, and each chunk in two pieces of 128. Lane (g, t) of a warp, g = lane / 4 and t = lane % 4, reads:
+
+             piece 0: columns 0..127       piece 1: columns 128..255
+            ┌──────┬──────┬──────┬──────┬──────┬──────┬──────┬──────┐
+    row g   │ t: 0 │    1 │    2 │    3 │    0 │    1 │    2 │    3 │  codes of 32 columns: one load of 16 bytes
+            ├──────┴──────┼──────┴──────┼──────┴──────┼──────┴──────┤
+    row g   │    t: 0     │      1      │      2      │      3      │  absmax of 64 columns
+            └─────────────┴─────────────┴─────────────┴─────────────┘  the same of row g + 8
+
+    One tensor core step multiplies A (16 rows of W, 16 columns) by B (16 columns, 8) and adds the product to C. It
+    sums over columns, so any order of them will do as long as A and B share it: a lane gives A four of its codes in
+    each of its two rows, whichever they are, and B the x that meets them. Of B's 8 columns two belong to each row m
+    of x, m < 4, and only one of them meets the columns of W that a lane holds:
+
+                              B's column 2m   2m + 1
+    t = 0, 1: the first 64 columns    x          0      C   lane (g, t), rows g and g + 8: the sums of x's row t
+    t = 2, 3: the last 64             0          x          over the first 64 columns, and over the last
+
+    So each 64 columns, which share an absmax, come out as a sum of their own, and are multiplied by it once. A piece
+    takes 8 steps: the 8 codes of each of its 4 words are two steps. Further fragments are further rows of x.
     """
     four = 4 * fragments
     chains = 2 if fragments == 1 else 1  # independent sums, so that one step need not wait for the last
