@@ -3,10 +3,10 @@
     python benchmarks/beyond.py [--only encoder | "language model" | seconds]      ten minutes of one core
     python benchmarks/beyond.py --table
 
-writes nf4lab/models/records/beyond.json, and prints the tables of book/which-one-today.md from it. All at blocks of 64
-and 4.5 bits per weight, but for a table a row, whose bits are counted. Each method twice, in ways that are as good as
-one another: rotations with another seed, everything else with columns moved on by half a block, so that every block has
-other neighbours. What the two differ by is noise.
+writes nf4lab/models/records/beyond.json, and prints the tables of book/which-one-today.md from it, as `nf4lab.league`
+reads them. All at blocks of 64 and 4.5 bits per weight; what a method stores beside is counted. Each method twice, in
+ways that are as good as one another: rotations with another seed, everything else with columns moved on by half a
+block, so that every block has other neighbours. What the two differ by is noise.
 
 encoder         all-MiniLM-L6-v2, calibrated on pages of the manual of Flask; its sentences are judged as in outputs.py,
                 its layers' outputs on pages of other manuals
@@ -17,17 +17,15 @@ seconds         what feedback costs a layer of 4096 x 4096, with one and with tw
 
 import argparse
 import json
-import math
-import statistics
 import time
 from pathlib import Path
 
 import torch
-from outputs import WORLDS, encoder, language_model
+from outputs import encoder, language_model
 from provenance import provenance
 
 import nf4lab
-from nf4lab import models
+from nf4lab import league, models
 from nf4lab.backends.feedback import feedback_factor
 from nf4lab.beyond.learning import learn_format, learn_rows
 from nf4lab.beyond.rotation import random_signs, rotate, unrotate
@@ -126,14 +124,7 @@ def measure(name: str, layers: dict, judge) -> dict:
             row["damage"].append(judge())
         table[method] = row
         print(name, method, row["seconds"], row["weights"], row["damage"], flush=True)
-    return {"methods": table, "layers": list(weights), "weights": sum(w.numel() for w in weights.values()),
-            "bits_of_row_tables": row_table_bits(weights)}  # fmt: skip
-
-
-def row_table_bits(weights: dict[str, torch.Tensor]) -> float:
-    """Bits per weight of a table a row, over all layers."""
-    bits = sum(w.numel() * learn_rows(w, BLOCK).bits_per_weight for w in weights.values())
-    return bits / sum(w.numel() for w in weights.values())
+    return {"methods": table, "shapes": {layer: tuple(w.shape) for layer, w in weights.items()}}
 
 
 def seconds_of_a_layer(n: int = 4096) -> dict[str, dict[str, list[float]]]:
@@ -159,50 +150,10 @@ def wall_seconds(run) -> float:
 
 
 def table(record: dict, name: str) -> list[str]:
-    """The rows of a model's table on the page, in Markdown: both ways of each method, with a stroke between."""
-    found = record[name]
-    nearest = found["methods"]["nearest"]["layers"][0]
-    lines = []
-    for method, row in found["methods"].items():
-        bits = found["bits_of_row_tables"] if method.endswith("a row") else 4 + 32 / BLOCK
-        shares = [[a / b for a, b in zip(way, nearest, strict=True)] for way in row["layers"]]
-        low, middle, high = statistics.quantiles([sum(pair) / 2 for pair in zip(*shares, strict=True)], n=4)
-        columns = [
-            f"{bits:.2f}",
-            both([100 * way for way in row["weights"]], ".2f"),
-            f"{low:.2f} {middle:.2f} {high:.2f}",
-        ]
-        columns += [both([of(way) for way in row["damage"]], ".1f") for of in JUDGED[name].values()]
-        lines.append(f"| {method} | {' | '.join(columns)} |")
-    return lines
+    """The rows of a model's table on the page, in Markdown."""
+    return [f"| {' | '.join(method.row)} |" for method in league.methods(name, record).values()]
 
 
-def both(ways: list[float], spec: str) -> str:
-    return " / ".join(format(way, spec) for way in ways)
-
-
-def mean_of(damage: dict, names) -> float:
-    values = [damage[name] for name in names]
-    return sum(values) / len(values)
-
-
-def perplexity(damage: dict, names) -> float:
-    """By how many per cent the perplexity rises, from the loss gained on some groups of pages."""
-    return 100 * math.expm1(sum(damage[name][1] for name in names) / len(names))
-
-
-MANUALS = [f"pages {i}" for i in range(4)]
-JUDGED = {  # model -> column -> what of the damage stands in it
-    "encoder": {
-        "manuals": lambda damage: 1000 * mean_of(damage, ["manuals"]),
-        "everyday": lambda damage: 1000 * mean_of(damage, WORLDS),
-    },
-    "language model": {
-        "divergence, manuals": lambda damage: 1000 * sum(damage[name][0] for name in MANUALS) / len(MANUALS),
-        "divergence, Flask": lambda damage: 1000 * damage["flask"][0],
-        "perplexity, manuals": lambda damage: perplexity(damage, MANUALS),
-    },
-}
 PARTS = {
     "encoder": lambda: measure("encoder", *encoder()),
     "language model": lambda: measure("language model", *language_model()),
@@ -219,7 +170,7 @@ def main() -> None:
     path = arguments.results
     if arguments.table:
         record = json.loads(path.read_text())
-        print(*(line for name in JUDGED for line in [name, *table(record, name)]), sep="\n")
+        print(*(line for name in league.JUDGED for line in [name, *table(record, name)]), sep="\n")
         return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -1,12 +1,15 @@
-"""The league: every 4-bit format at equal bits, on the same tensors.
+"""The league: every 4-bit format at equal bits, on the same tensors; and every method, on two whole models.
 
 What a format may spend is counted in bits per weight, constants included. A format enters a budget once for each way to
 store its constants, which sets the block size: one float32 for 64 weights costs what one byte for 16 does. Formats
 made for a block size (AF4, BOF4, BOF4-S) are derived for the one that they play at.
+
+Methods of `nf4lab.beyond` need a model and texts, and minutes: `methods` reads what benchmarks/beyond.py has measured.
 """
 
 import functools
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nf4lab import models
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.formats import FORMATS, Format
 from nf4lab.formats.table import FOR_BLOCK_SIZE
@@ -193,3 +197,89 @@ def best_at(table: dict[tuple[str, str], dict[float, tuple[float, int]]]) -> dic
         for budget, (mean, _) in row.items():
             best[budget] = max(mean, best.get(budget, -math.inf))
     return dict(sorted(best.items()))
+
+
+# --- methods
+
+MANUALS = tuple(f"pages {i}" for i in range(4))
+WORLDS = ("kitchen", "money", "space", "sport")
+# model -> column -> what it has of a model made one way, from the damage that the record lists
+JUDGED = {
+    "encoder": {
+        "manuals": lambda damage: 1000 * damage["manuals"],
+        "everyday": lambda damage: 1000 * statistics.fmean(damage[world] for world in WORLDS),
+    },
+    "language model": {
+        "manuals": lambda damage: 1000 * statistics.fmean(damage[group][0] for group in MANUALS),
+        "Flask": lambda damage: 1000 * damage["flask"][0],
+        "perplexity": lambda damage: 100 * math.expm1(statistics.fmean(damage[group][1] for group in MANUALS)),
+    },
+}
+# first words of a method -> bits that it stores of a matrix (out, in) beside codes and constants
+EXTRA_BITS = {
+    "rotated": lambda rows, columns: columns,  # a sign a column
+    "scaled": lambda rows, columns: 32 * columns,  # a float32 a column
+    "learned, a table a layer": lambda rows, columns: 16 * 32,
+    "learned, a table a row": lambda rows, columns: 16 * 16 * rows,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one way to quantize a whole model did, made in two ways that are as good as one another.
+
+    What the two ways differ by is noise. bits: per weight, with all that is stored for the layers. weights: squared
+    errors over the weights' squares, both ways. outputs: for each layer the squared error of its outputs on text that
+    the method has not seen, over that of "nearest", the mean of both ways. judged: column -> what the model says, both
+    ways: for the encoder 1 - cosine of sentence vectors in thousandths, on sentences of manuals and everyday ones; for
+    the language model the divergence in thousandths of a nat per token, on pages of manuals and of Flask's, and by how
+    many per cent its perplexity on manuals rises.
+    """
+
+    name: str
+    bits: float
+    weights: tuple[float, float]
+    outputs: tuple[float, ...]
+    judged: dict[str, tuple[float, float]]
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """As pages show it: name, bits, the weights' error in per cent, quartiles of outputs, what the model says."""
+        quartiles = " ".join(f"{share:.2f}" for share in statistics.quantiles(self.outputs, n=4))
+        weights = " / ".join(f"{100 * error:.2f}" for error in self.weights)
+        judged = (" / ".join(f"{way:.1f}" for way in ways) for ways in self.judged.values())
+        return (self.name, f"{self.bits:.3f}", weights, quartiles, *judged)
+
+
+def methods(model: str, record: dict | None = None) -> dict[str, Method]:
+    """name -> how it did: round to nearest, search, scale, learn, correct, rotate, in blocks of 64.
+
+    model: "encoder" or "language model". record: as benchmarks/beyond.py writes it; by default what comes with the
+    package. NF4's levels unless the name says otherwise. Raises ValueError for another model.
+
+    >>> methods("encoder")["corrected"].bits
+    4.5
+    """
+    if model not in JUDGED:
+        raise ValueError(f"model must be one of {sorted(JUDGED)}; got {model!r}")
+    found = (record or models.record("beyond"))[model]
+    nearest, shapes = found["methods"]["nearest"]["layers"][0], list(found["shapes"].values())
+    return {
+        name: Method(
+            name, bits_of_method(name, shapes), tuple(row["weights"]),
+            tuple(sum(pair) / 2 / near for *pair, near in zip(*row["layers"], nearest, strict=True)),
+            {column: tuple(map(of, row["damage"])) for column, of in JUDGED[model].items()},
+        )
+        for name, row in found["methods"].items()
+    }  # fmt: skip
+
+
+def bits_of_method(name: str, shapes: Iterable[tuple[int, int]]) -> float:
+    """Bits per weight that a method stores of matrices (out, in): 4, a float32 for 64, and what EXTRA_BITS counts.
+
+    Signs and scales of columns are counted in full. Where a seed gives the signs, or the layer before takes scales up,
+    they take nothing.
+    """
+    extra = next((of for words, of in EXTRA_BITS.items() if name.startswith(words)), lambda rows, columns: 0)
+    numel = sum(rows * columns for rows, columns in shapes)
+    return 4 + 32 / 64 + sum(extra(*shape) for shape in shapes) / numel

@@ -1,29 +1,70 @@
 """What the pages say of the long measurement of chapters 13 to 15 is what the record has."""
 
 import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import beyond
+import outputs
 
-from nf4lab import models
+import nf4lab
+from nf4lab import league, models
+from nf4lab.beyond.learning import learn_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = models.record("beyond")
 PAGE = (ROOT / "book" / "which-one-today.md").read_text()
 
 
-@pytest.mark.parametrize("model", beyond.JUDGED)
-def test_the_pages_table_is_that_of_the_record(model):
+FOUND = {model: league.methods(model) for model in league.JUDGED}
+
+
+@pytest.mark.parametrize("model", league.JUDGED)
+def test_the_pages_table_is_that_of_the_league(model):
     assert "\n".join(beyond.table(RECORD, model)) in PAGE
 
 
+WEIGHTS = {"encoder": models.minilm_matrices, "language model": lambda: models.manuals_model()[0].state_dict()}
+
+
+@pytest.mark.parametrize("model", league.JUDGED)
+def test_the_league_has_every_method_and_counts_all_that_it_stores(model):
+    assert list(FOUND[model]) == list(beyond.METHODS)
+    weights = {name.removesuffix(".weight"): weight for name, weight in WEIGHTS[model]().items()}
+    shapes = [tuple(weights[name].shape) for name in RECORD[model]["shapes"]]
+    assert [list(shape) for shape in shapes] == list(RECORD[model]["shapes"].values())
+
+    def bits(of):
+        """Per weight, of what `of` stores of a matrix of each shape."""
+        stored = {shape: of(torch.ones(shape)) * math.prod(shape) for shape in set(shapes)}
+        return sum(stored[shape] for shape in shapes) / sum(map(math.prod, shapes))
+
+    plain = bits(lambda w: nf4lab.quantize(w, block_size=beyond.BLOCK).bits_per_weight)
+    expected = {
+        "nearest": plain, "searched": plain, "corrected": plain,
+        "rotated": plain + bits(lambda w: 1 / len(w)), "scaled": plain + bits(lambda w: 32 / len(w)),
+        "learned, a table a layer": plain + bits(lambda w: 32 * 16 / w.numel()),
+        "learned, a table a row": bits(lambda w: learn_rows(w, beyond.BLOCK).bits_per_weight),
+    }  # fmt: skip
+    for name, method in FOUND[model].items():
+        key = name if name in expected else name.split(",")[0]
+        assert method.bits == pytest.approx(expected[key], rel=1e-12)
+
+
+def test_the_league_knows_the_sets_of_sentences_and_no_third_model():
+    assert tuple(outputs.WORLDS) == league.WORLDS
+    with pytest.raises(ValueError, match=r"model must be one of \['encoder', 'language model'\]; got 'decoder'"):
+        league.methods("decoder")
+
+
 def damage(model, column, method):
-    return [beyond.JUDGED[model][column](way) for way in RECORD[model]["methods"][method]["damage"]]
+    return FOUND[model][method].judged[column]
 
 
 def noise(*damages):
@@ -55,31 +96,31 @@ def test_rotating_harms_the_encoder_and_rotating_and_correcting_is_ahead_of_corr
 
 
 def test_what_the_page_says_of_the_language_model():
-    def of(method, column="divergence, manuals"):
+    def of(method, column="manuals"):
         return damage("language model", column, method)
 
     assert min(of("rotated")) < max(of("nearest")) and max(of("rotated")) > min(of("nearest"))
     assert max(of("rotated, corrected")) < min(of("corrected"))
     assert max(of("learned, a table a row")) < min(of("searched"))
-    for column in ("divergence, manuals", "divergence, Flask"):
+    for column in ("manuals", "Flask"):
         for nf4, bof4s in pairs():
             assert max(of(bof4s, column)) < min(of(nf4, column))
     gains = [
         1 - sum(of("searched", column)) / sum(of("nearest", column))
-        for column in ("divergence, manuals", "divergence, Flask")
+        for column in ("manuals", "Flask")
     ]
     assert [round(gain, 2) for gain in gains] == [0.13, 0.15]
 
 
 def test_perplexity_is_the_bluntest_judge():
     rows = {
-        column: [damage(model, column, method) for method in beyond.METHODS]
-        for model, columns in beyond.JUDGED.items()
+        (model, column): [damage(model, column, method) for method in beyond.METHODS]
+        for model, columns in league.JUDGED.items()
         for column in columns
     }
     means = {column: [statistics.fmean(ways) for ways in of] for column, of in rows.items()}
     blunt = {column: statistics.fmean(map(noise, of)) / statistics.pstdev(means[column]) for column, of in rows.items()}
-    judge = "perplexity, manuals"
+    judge = "language model", "perplexity"
     assert len(rows) == 5 and max(blunt, key=blunt.get) == judge
     most = noise(*rows[judge])
     further = [abs(a - b) > most for a, b in itertools.combinations(means[judge], 2)]
@@ -88,7 +129,7 @@ def test_perplexity_is_the_bluntest_judge():
 
 def test_how_often_a_rotation_alone_and_the_signed_levels_are_told_from_noise_on_the_encoder():
     worse, better = [], []
-    for column in beyond.JUDGED["encoder"]:
+    for column in league.JUDGED["encoder"]:
         of = {name: damage("encoder", column, name) for name in beyond.METHODS}
         turned = [(of["nearest"], of["rotated"])] + [
             (of[name], of[f"rotated, {name.removeprefix('nearest, ')}"]) for name in ("nearest, bof4-s", "searched")
@@ -107,7 +148,7 @@ def test_what_keeps_up_with_rotated_and_corrected_on_one_kind_of_text_falls_behi
             for name in beyond.METHODS
             if name != last and not ahead(damage("encoder", column, last), damage("encoder", column, name))
         }
-        for column in beyond.JUDGED["encoder"]
+        for column in league.JUDGED["encoder"]
     ]
     assert kept[0] and kept[1] and not kept[0] & kept[1]
     everyday = [damage("encoder", "everyday", name) for name in ("searched", "nearest")]
@@ -115,7 +156,7 @@ def test_what_keeps_up_with_rotated_and_corrected_on_one_kind_of_text_falls_behi
 
 
 def test_bof4_s_has_the_smaller_error_of_weights_in_every_pair():
-    for model in beyond.JUDGED:
+    for model in league.JUDGED:
         for nf4, bof4s in pairs():
             of = [RECORD[model]["methods"][method]["weights"] for method in (nf4, bof4s)]
             assert max(of[1]) < min(of[0])
