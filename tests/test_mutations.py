@@ -42,6 +42,9 @@ BROKEN = [
     ("11", "at = blocks.abs().argmax", "at = blocks.argmax"),  # the largest weight, not the largest magnitude
     ("12", "f_M = B * 2 * phi(m) * G(m) ** (B - 1)", "f_M = B * 2 * phi(m) * G(m) ** B"),
     ("12", "signed = lloyd(nf4, block_means, kept=(7, 15))", "signed = lloyd(nf4, block_means, kept=(0, 7, 15))"),
+    ("13", "torch.stack([a + b, a - b], dim=2)", "torch.stack([a - b, a + b], dim=2)"),  # the halves changed places
+    ("14", "w -= error[:, None] / P[j, j] * P[j]", "w += error[:, None] / P[j, j] * P[j]"),  # errors are added
+    ("15", "counts = (absmax**2).expand", "counts = absmax.expand"),  # what a normalised weight's error counts
     ("16", "a[g + 8, high] = of_a", "a[g + 8, low] = of_a"),  # a part of a fragment in the wrong place
     ("16", "pairs = np.array([(levels[b >> 4], levels[b & 15])", "pairs = np.array([(levels[b & 15], levels[b >> 4])"),
     ("16", "y += part * absmax[:, block]\nassert", "y += part * absmax[:, 0]\nassert"),
