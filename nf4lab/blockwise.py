@@ -190,6 +190,8 @@ def quantize(
     backend = backends.choose(backend, x.device, x.dtype, n, format)
     quantize_flat = backends.QUANTIZE[backend]
     if hessian is not None:
+        hessian = feedback.check_hessian(hessian, x)
+    if hessian is not None and n:
         quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian, by_kernel=backend == "cpu")
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:

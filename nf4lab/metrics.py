@@ -33,9 +33,11 @@ def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
 
     trace(D H D^T) / trace(W H W^T), with D = W_hat - W and H = E x x^T, the second moments of the inputs.
 
-    w, w_hat: (out, in). hessian: (in, in). Computed in float64. Raises ValueError as `check_hessian`, and where the
-    outputs are all zero.
+    w, w_hat: (out, in). hessian: (in, in). Computed in float64. Raises ValueError as `check_hessian`, where w_hat has
+    another shape than w, and where the outputs are all zero.
     """
+    if w_hat.shape != w.shape:
+        raise ValueError(f"w_hat must have w's shape {tuple(w.shape)}; got {tuple(w_hat.shape)}")
     h = check_hessian(hessian, w).double()
     error, power = (
         (d @ h * d).sum().item() for d in (w_hat.detach().double() - w.detach().double(), w.detach().double())

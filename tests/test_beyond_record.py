@@ -105,10 +105,7 @@ def test_what_the_page_says_of_the_language_model():
     for column in ("manuals", "Flask"):
         for nf4, bof4s in pairs():
             assert max(of(bof4s, column)) < min(of(nf4, column))
-    gains = [
-        1 - sum(of("searched", column)) / sum(of("nearest", column))
-        for column in ("manuals", "Flask")
-    ]
+    gains = [1 - sum(of("searched", column)) / sum(of("nearest", column)) for column in ("manuals", "Flask")]
     assert [round(gain, 2) for gain in gains] == [0.13, 0.15]
 
 

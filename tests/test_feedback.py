@@ -119,6 +119,70 @@ def test_what_cannot_be_a_hessian_is_refused(case, hessian, error, message):
         nf4lab.quantize(case[0], hessian=hessian)
 
 
+def singular(case):
+    """The second moments of fewer inputs than columns: two that always meet, and one that never occurs."""
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+    x[:, 1], x[:, 5] = x[:, 0], 0
+    return x.T @ x / 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda h: h.half(), lambda h: h.bfloat16(), lambda h: h.double(), lambda h: h * 1e-30, lambda h: 1e30 * h.double(),
+     lambda h: h.requires_grad_(), lambda h: torch.ones(128, 128), singular],
+    ids=["float16", "bfloat16", "float64", "tiny", "huge", "with a gradient", "of rank one", "singular"],
+)  # fmt: skip
+def test_unusual_hessians_are_served(case, change):
+    w, h = case[0], change(case[1].clone())
+    corrected = nf4lab.quantize(w, hessian=h).dequantize()
+    assert corrected.isfinite().all()
+    nearest = nf4lab.quantize(w).dequantize()
+    assert output_error(w, corrected, h) < output_error(w, nearest, h)
+
+
+def test_without_any_input_and_without_weights_codes_are_the_nearest(case):
+    w = case[0]
+    assert torch.equal(nf4lab.quantize(w, hessian=torch.zeros(128, 128)).packed, nf4lab.quantize(w).packed)
+    assert nf4lab.quantize(w[:0], hessian=case[1]).packed.numel() == 0
+    with pytest.raises(ValueError, match=r"weights of shape \(0, 128\) take a hessian \(128, 128\); got \(3, 3\)"):
+        nf4lab.quantize(w[:0], hessian=torch.eye(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+def test_a_hessian_goes_to_where_the_weights_are(case):
+    w, h = case
+    here = nf4lab.quantize(w, hessian=h.cuda())
+    assert torch.equal(here.packed, nf4lab.quantize(w, hessian=h).packed)
+    assert output_error(w, here.dequantize(), h.cuda()) == output_error(w, here.dequantize(), h)
+    assert activation_scales(w, h.cuda(), lambda w: nf4lab.quantize(w).dequantize())[0].device == w.device
+
+
+def test_hessians_go_to_their_layers_and_a_name_that_no_layer_has_is_refused(case):
+    w, h = case
+    model = nn.Sequential(nn.Linear(128, 24, bias=False), nn.Linear(24, 128))
+    model[0].weight.data.copy_(w)
+    with pytest.raises(
+        ValueError, match=r"hessians has 'model\.0', which names no matrix of the model; it has '0', '1'"
+    ):
+        nf4lab.quantize_model_(model, hessians={"model.0": h})
+    with pytest.raises(TypeError, match="hessians must be a mapping from names of layers; got Tensor"):
+        nf4lab.quantize_model_(model, hessians=h)
+    with pytest.raises(ValueError, match=r"layer '1': weights of shape \(128, 24\) take a hessian"):
+        nf4lab.quantize_model_(model, hessians={"1": h})
+    assert isinstance(model[0], nn.Linear)
+    nf4lab.quantize_model_(model, hessians={"0": h})
+    assert torch.equal(model[0].quantized.packed, nf4lab.quantize(w, hessian=h).packed)
+
+
+def test_a_shared_layer_takes_the_hessian_of_any_of_its_names(case):
+    w, h = case
+    model = nn.Sequential(nn.Linear(128, 24, bias=False))
+    model.add_module("again", model[0])
+    model[0].weight.data.copy_(w)
+    nf4lab.quantize_model_(model, hessians={"again": h})
+    assert torch.equal(model[0].quantized.packed, nf4lab.quantize(w, hessian=h).packed)
+
+
 def test_blocks_that_cross_rows_and_tensors_that_are_no_matrix_are_refused(case):
     with pytest.raises(ValueError, match="block_size must divide the 128 columns; got 256"):
         nf4lab.quantize(*case[:1], block_size=256, hessian=case[1])
@@ -176,6 +240,9 @@ def test_no_batch_and_inputs_that_are_not_finite_are_refused():
     model = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no batch to calibrate with"):
         calibrate(model, [])
+    for one in (torch.ones(4, 3), {"input": torch.ones(4, 3)}, "text"):
+        with pytest.raises(TypeError, match=f"got one {type(one).__name__}: put it in a list"):
+            calibrate(model, one)
     with pytest.raises(ValueError, match="layer '0' was given an input that is not finite"):
         calibrate(model, [torch.full((1, 3), torch.nan)])
     assert not model[0]._forward_pre_hooks
@@ -187,6 +254,16 @@ def test_the_output_error_is_that_of_the_outputs():
     w_hat = w + 0.1 * torch.randn(5, 8, generator=generator).double()
     expected = (x @ (w_hat - w).T).square().mean() / (x @ w.T).square().mean()
     assert output_error(w, w_hat, x.T @ x / 100) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_output_error_of_another_shape_is_refused(case):
+    with pytest.raises(ValueError, match=r"w_hat must have w's shape \(24, 128\); got \(1, 128\)"):
+        output_error(case[0], case[0][:1], case[1])
+
+
+def test_scales_of_weights_that_come_back_as_no_numbers_are_refused(case):
+    with pytest.raises(ValueError, match="not finite, whatever the scales"):
+        activation_scales(*case, lambda w: w * torch.nan)
 
 
 def test_scales_lower_the_output_error_where_some_inputs_are_large():

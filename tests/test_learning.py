@@ -78,6 +78,7 @@ def test_a_level_that_nothing_is_rounded_to_stays_and_zeros_are_kept():
     [
         (torch.full((2, 64), torch.nan), None, "must be finite"),
         (torch.ones(2, 64), -torch.ones(64), "not negative"),
+        (torch.ones(2, 64), torch.ones(2), r"weights \(2, 64\) take importance of that shape .*; got \(2,\)"),
         (torch.ones(2, 65), None, "block_size"),
         (torch.ones(128), None, "matrix"),
     ],
@@ -85,6 +86,13 @@ def test_a_level_that_nothing_is_rounded_to_stays_and_zeros_are_kept():
 def test_what_cannot_be_learned_from_is_refused(weights, counts, message):
     with pytest.raises(ValueError, match=message):
         learn_rows(weights, 64, counts)
+
+
+@pytest.mark.parametrize("learn", [learn_format, learn_rows])
+@pytest.mark.parametrize("block_size", [0, -64, 48])
+def test_a_block_size_that_does_not_divide_is_refused(learn, block_size):
+    with pytest.raises(ValueError, match=f"block_size.* got .*{block_size}"):
+        learn(torch.ones(2, 64), block_size)
 
 
 def test_words_for_pairs_beat_levels_on_normal_weights_and_stay_above_the_limit():
@@ -179,6 +187,17 @@ def test_a_rank_that_the_matrix_does_not_have_is_refused(rank, shape):
         loftq(torch.ones(shape), rank, nf4lab.quantize)
 
 
+@pytest.mark.parametrize("start", [loftq, pissa])
+def test_weights_that_are_not_finite_start_nothing(w, start):
+    with pytest.raises(ValueError, match="w must be finite to start an adapter from"):
+        start(torch.where(w > 3, torch.nan, w), 4, nf4lab.quantize)
+
+
+def test_fewer_steps_than_one_are_refused(w):
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        loftq(w, 4, nf4lab.quantize, steps=0)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("init", ["loftq", "pissa"])
 def test_adapters_start_where_the_error_is(w, init, double_quant):
@@ -202,6 +221,8 @@ def test_adapters_start_where_the_error_is(w, init, double_quant):
         ({"init": "gaussian"}, "init must be 'zero', 'loftq', 'pissa'; got 'gaussian'"),
         ({"init": "loftq"}, r"needs an original '0.weight' of shape \(16, 256\); got none"),
         ({"init": "pissa", "originals": {"0.weight": torch.ones(2, 2)}}, r"got \(2, 2\)"),
+        ({"init": "pissa", "originals": {"0.weight": torch.full((16, 256), torch.nan)}}, "layer '0': w must be finite"),
+        ({"init": "loftq", "originals": {"0.weight": torch.ones(16, 256)}, "rank": 17}, "layer '0': rank must lie"),
     ],
 )
 def test_starts_that_cannot_be_made_leave_the_model_as_it_was(changes, message):

@@ -69,13 +69,45 @@ def test_the_command_line_rotates_and_calibrates(folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"source": "nowhere"}, "is not a folder with a config.json"),
-        ({"text": ""}, "the text to calibrate with has no token"),
+        ({"text": ""}, "there is nothing in the text to calibrate with"),
+        ({"text": " \n\t\n"}, "there is nothing in the text to calibrate with"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(folder, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize_language_model(**{"source": folder, "target": tmp_path / "out", "rotate": 0} | arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "there is nothing in the text to calibrate with"),
+        (b"\n\n", "there is nothing in the text to calibrate with"),
+        (b"\x89PNG\r\n\x1a\n", "text.txt is not text in UTF-8: byte 0 is 0x89"),
+        (b"GGUF\x03\x00\x00", "text.txt is not text: character 5 is a zero"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_is_no_text_is_one_line_on_stderr(folder, tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    arguments = ["quantize", str(folder), str(tmp_path / "out"), "--quiet", "--calibrate", str(tmp_path / "text.txt")]
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("nf4lab: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_line_calibrates_and_is_warned_of(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("The quick brown fox.\n")
+    arguments = ["quantize", str(folder), str(tmp_path / "out"), "--block-size", "32", "--quiet"]
+    assert main([*arguments, "--calibrate", str(tmp_path / "text.txt")]) == 0
+    out, err = capsys.readouterr()
+    assert "14 layers quantized, calibrated on" in out
+    assert "warning: 21 tokens to calibrate with are fewer than the widest layer's" in err
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert logits(model).isfinite().all()
 
 
 def test_a_quantized_folder_and_a_model_of_another_kind_are_refused(folder, tmp_path):

@@ -88,9 +88,33 @@ def test_a_width_of_nothing_is_refused():
         hadamard(torch.zeros(2, 0))
 
 
-def test_integers_are_refused():
-    with pytest.raises(TypeError, match=r"floating-point; got torch\.int64"):
+def test_integers_lists_and_single_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"floating-point torch\.Tensor; got torch\.int64"):
         hadamard(torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"floating-point torch\.Tensor; got list"):
+        hadamard([1.0, 2.0])
+    with pytest.raises(ValueError, match="got a single number"):
+        hadamard(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("order", [0, -4, 3, 92])
+def test_a_matrix_that_is_not_known_is_refused(order):
+    with pytest.raises(ValueError, match=f"no construction of a Hadamard matrix of order {order} is known here"):
+        hadamard_matrix(order)
+
+
+@pytest.mark.parametrize("turn", [rotate, unrotate])
+@pytest.mark.parametrize("n", [1, 48])
+def test_another_number_of_signs_is_refused(turn, n):
+    with pytest.raises(ValueError, match=rf"x of shape \(2, 96\) takes as many signs as its last side; got \({n},\)"):
+        turn(torch.zeros(2, 96), torch.ones(n))
+
+
+def test_a_rotated_layer_refuses_a_width_and_signs_that_do_not_fit():
+    with pytest.raises(ValueError, match="no Hadamard matrix of order 92"):
+        RotatedLinear.from_linear(torch.nn.Linear(92, 4))
+    with pytest.raises(ValueError, match=r"signs must have shape \(96,\); got \(48,\)"):
+        RotatedLinear(RotatedLinear.from_linear(torch.nn.Linear(96, 4), "nf4", 32).base, torch.ones(48))
 
 
 def test_a_rotated_product_is_the_product():
@@ -154,6 +178,27 @@ def test_a_folded_model_gives_the_same_logits(kind, changes):
     # float32 through two blocks: a few hundred roundings of 2**-24 relative to logits of about 1
     assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-5)
     assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, old)
+
+
+def test_folding_twice_gives_the_same_logits_too():
+    model, ids = _tiny("Llama"), torch.randint(200, (2, 11))
+    before = model(ids).logits
+    for seed in (0, 5):
+        fold_rotation_(model, seed)
+    assert torch.allclose(model(ids).logits, before, rtol=0, atol=2e-5)  # twice the roundings of one folding
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "4 bits, the last block", "adapters"])
+def test_a_model_with_layers_of_another_kind_is_refused_and_left(kind):
+    model = _tiny("Llama", hidden_size=128, num_attention_heads=8)
+    if kind == "adapters":
+        nf4lab.add_lora_(model, include="*.up_proj")
+    else:
+        nf4lab.quantize_model_(model, include="*.1.*_proj" if "last" in kind else "*_proj", progress=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"mlp\.up_proj as a plain torch\.nn\.Linear"):
+        fold_rotation_(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_untied_head_is_said_in_the_config_and_saved():

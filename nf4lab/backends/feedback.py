@@ -27,7 +27,7 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it, as in GPTQ
 def check_hessian(hessian: Tensor, w: Tensor) -> Tensor:
     """`hessian`, if it can be one for w (out, in): float (in, in), finite, symmetric, nothing negative on the diagonal.
 
-    Raises TypeError or ValueError otherwise, naming what disagrees.
+    It comes back without gradient, on w's device. Raises TypeError or ValueError otherwise, naming what disagrees.
     """
     if not isinstance(hessian, Tensor) or not hessian.is_floating_point():
         got = hessian.dtype if isinstance(hessian, Tensor) else type(hessian).__name__
@@ -37,6 +37,7 @@ def check_hessian(hessian: Tensor, w: Tensor) -> Tensor:
     wanted = (w.shape[1], w.shape[1])
     if hessian.shape != wanted:
         raise ValueError(f"weights of shape {tuple(w.shape)} take a hessian {wanted}; got {tuple(hessian.shape)}")
+    hessian = hessian.detach().to(w.device)
     if not hessian.isfinite().all():
         raise ValueError(f"hessian must be finite; {(~hessian.isfinite()).sum().item()} of its values are not")
     skew = (hessian - hessian.T).abs().max().item()
@@ -69,18 +70,17 @@ def quantize(
     """What `reference.quantize` gives for flat (out * in,), with error feedback within each row of w (out, in) = shape.
 
     Damping is that of GPTQ. by_kernel: whether numba goes through each block of columns, for a format that
-    `backends.cpu` takes; the bits are the same.
-    Raises ValueError as `check_hessian` and `Format.check_scale`, and where block_size does not divide the columns: a
+    `backends.cpu` takes; the bits are the same. hessian: one that `check_hessian` has passed.
+    Raises ValueError as `feedback_factor` and `Format.check_scale`, and where block_size does not divide the columns: a
     block that crosses rows has no order in which to correct it.
     """
     left = flat.reshape(shape).float().clone()  # what is still to be rounded, corrected so far
     if not left.isfinite().all():
         return None
-    check_hessian(hessian, left)
     rows, columns = shape
     if columns % block_size:
         raise ValueError(f"with a hessian, block_size must divide the {columns} columns; got {block_size}")
-    factor, tensor_scale = feedback_factor(hessian.to(left.device)), format.scale_of_tensor(flat)
+    factor, tensor_scale = feedback_factor(hessian), format.scale_of_tensor(flat)
     codes, kept = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
     encode = _encode_by_kernel if by_kernel else _encode
     search = functools.partial(cpu.search, format=format, block_size=block_size) if by_kernel else None

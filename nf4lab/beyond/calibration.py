@@ -22,9 +22,11 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
     ones, anything else as the one argument. The model runs as it is: in eval mode where it should. Sums are made in
     float64 batch by batch. include, exclude: as for `nf4lab.quantize_model_`. A layer that saw nothing is left out.
 
-    Raises ValueError where no layer is chosen, where there is no batch, and, naming the layer, for an input that is
-    not finite.
+    Raises TypeError for one batch in place of an iterable of them, ValueError where no layer is chosen, where there is
+    no batch, and, naming the layer, for an input that is not finite.
     """
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it in a list")
     names = {id(model.get_submodule(n[0])): n[0] for n in choose_layers(model, is_plain_linear, include, exclude)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

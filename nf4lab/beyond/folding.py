@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nf4lab.beyond.rotation import factor, hadamard, random_signs, rotate
+from nf4lab.choice import is_plain_linear
 
 READERS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+MATRICES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
 
 
 @torch.no_grad()
@@ -25,8 +27,8 @@ def fold_rotation_(model: nn.Module, seed: int = 0) -> None:
     gate_proj, up_proj and down_proj. Logits stay as they were, up to rounding. A tied head becomes a matrix of its own,
     since the last norm's factors go into it and not into the embedding; the config says so.
 
-    Raises ValueError for a model that is not of that kind, naming what is missing, or whose width no Hadamard matrix
-    serves; the model is then as it was.
+    Raises ValueError for a model that is not of that kind, or has matrices in 4 bits or with adapters, naming what is
+    missing, and for a width that no Hadamard matrix serves; the model is then as it was.
     """
     body, head, blocks = _parts(model)
     width, head_width = body.embed_tokens.weight.shape[1], _head_width(model)
@@ -84,19 +86,27 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Linear, list[nn.Module]]:
     body, head = getattr(model, "model", None), getattr(model, "lm_head", None)
     blocks = list(getattr(body, "layers", []))
     missing = [name for name, part in (("model", body), ("lm_head", head), ("model.layers", blocks)) if not part]
-    for block in blocks[:1]:
-        wanted = [*READERS, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
-        missing += [name for name in wanted if not _has(block, name)]
-        norms = [getattr(block, name) for name in READERS if _has(block, name)]
-        missing += [f"an RMSNorm as {type(norm).__name__}" for norm in norms if not _is_rms_norm(norm)]
-        extra = [name for name, part in block.named_children() if name not in {*READERS, "self_attn", "mlp"}]
-        missing += [f"a block without {name}" for name in extra]
+    missing += [f"model.{name}" for name in ("embed_tokens", "norm") if body is not None and not _has(body, name)]
+    if body is not None and _has(body, "norm") and not _is_rms_norm(body.norm):
+        missing.append(f"an RMSNorm as {type(body.norm).__name__}")
+    missing += [lack for block in blocks for lack in _lacking(block)]
     if missing:
-        raise ValueError(
-            f"rotations fold into models of the Llama kind; {type(model).__name__} lacks {', '.join(missing)}"
-        )
+        lacks = ", ".join(dict.fromkeys(missing))
+        raise ValueError(f"rotations fold into models of the Llama kind; {type(model).__name__} lacks {lacks}")
     return body, head, blocks
+
+
+def _lacking(block: nn.Module) -> list[str]:
+    """What keeps a block from being one of the Llama kind."""
+    parts = {name: block.get_submodule(name) for name in (*READERS, *MATRICES) if _has(block, name)}
+    missing = [name for name in (*READERS, *MATRICES) if name not in parts]
+    for name, part in parts.items():
+        if name in READERS and not _is_rms_norm(part):
+            missing.append(f"an RMSNorm as {type(part).__name__}")
+        if name in MATRICES and not is_plain_linear(part):
+            missing.append(f"{name} as a plain torch.nn.Linear")
+    extra = [name for name, _ in block.named_children() if name not in {*READERS, "self_attn", "mlp"}]
+    return missing + [f"a block without {name}" for name in extra]
 
 
 def _has(block: nn.Module, name: str) -> bool:

@@ -1,6 +1,7 @@
 """A language model's folder rotated, corrected and quantized: better codes in files that the same tools read."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,12 +44,15 @@ def quantize_language_model(
     The whole model is in memory, and for calibration a float64 matrix as wide as its input for each layer.
 
     Raises FileExistsError where target exists, ValueError where source is not a folder of a causal language model, is
-    quantized already, can't be rotated, or where text has no token; otherwise as `nf4lab.quantize_model_`.
+    quantized already, can't be rotated, or where there is nothing in text; otherwise as `nf4lab.quantize_model_`. Warns
+    where text has fewer tokens than the widest layer has inputs.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, target = Path(source), Path(os.path.abspath(target))
     check_target(target)
+    if text is not None and not text.strip():
+        raise ValueError("there is nothing in the text to calibrate with")
     config = read_config(source) if source.is_dir() else None
     if config is None:
         raise ValueError(f"{source} is not a folder with a config.json: a whole model is needed to rotate or calibrate")
@@ -59,7 +63,9 @@ def quantize_language_model(
     hessians = None
     if text is not None:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        hessians = calibrate(model, windows(tokenizer(text)["input_ids"], model.config, device))
+        ids = tokenizer(text)["input_ids"]
+        hessians = calibrate(model, windows(ids, model.config, device))
+        _warn_of_few(len(ids), max(map(len, hessians.values())))
     rows = quantize_model_(
         model, format, block_size, double_quant, include=include, exclude=exclude, hessians=hessians, progress=progress
     )
@@ -67,6 +73,14 @@ def quantize_language_model(
         copy_others(source, partial, set())
         model.save_pretrained(partial)
     return rows
+
+
+def _warn_of_few(n_tokens: int, width: int) -> None:
+    if n_tokens < width:
+        warnings.warn(
+            f"{n_tokens} tokens to calibrate with are fewer than the widest layer's {width} inputs: take more text",
+            stacklevel=3,
+        )
 
 
 def windows(ids: list[int], config, device: str | torch.device) -> Iterator[Tensor]:

@@ -24,7 +24,8 @@ def learn_format(
     """An absmax format with the levels of least squared error that Lloyd's algorithm finds for w, from NF4's.
 
     importance: float (in,) or of w's shape, what a squared error counts; None for 1. The levels are one table for the
-    whole of w. Raises ValueError for weights or importance that are not finite, or negative importance.
+    whole of w. Raises ValueError for weights or importance that are not finite, importance that is negative or of
+    another shape, and a block_size that does not divide the weights.
     """
     normalized, weight, _ = _points(w, block_size, importance)
     levels = k_means(normalized.reshape(1, -1), weight.reshape(1, -1), _start(n_levels, w.device))
@@ -60,7 +61,7 @@ def learn_rows(w: Tensor, block_size: int = 64, importance: Tensor | None = None
 
     importance: as for `learn_format`. Raises ValueError as that, and where block_size does not divide the columns.
     """
-    if w.dim() != 2 or w.shape[1] % block_size:
+    if w.dim() != 2 or block_size < 1 or w.shape[1] % block_size:
         raise ValueError(
             f"a table a row takes a matrix whose columns block_size divides; got {tuple(w.shape)}, {block_size}"
         )
@@ -103,10 +104,13 @@ def _start(n_levels: int, device: torch.device) -> Tensor:
 def _points(w: Tensor, block_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised weights and what their squared errors count, (n_blocks, block_size) each, and absmax (n_blocks,)."""
     x = w.detach().float()
-    counts = torch.ones_like(x) if importance is None else importance.detach().float().expand_as(x)
+    if importance is not None and importance.shape not in (x.shape, x.shape[-1:]):
+        raise ValueError(f"weights {tuple(x.shape)} take importance of that shape or of their last side; "
+                         f"got {tuple(importance.shape)}")  # fmt: skip
+    counts = torch.ones_like(x) if importance is None else importance.detach().float().to(x.device).expand_as(x)
     if not x.isfinite().all() or not counts.isfinite().all() or (counts < 0).any():
         raise ValueError("weights and importance must be finite, and importance not negative")
-    if x.numel() % block_size:
+    if block_size < 1 or x.numel() % block_size:
         raise ValueError(f"block_size must divide the {x.numel()} weights; got {block_size}")
     blocks = x.reshape(-1, block_size)
     absmax = blocks.abs().amax(dim=1)

@@ -30,10 +30,12 @@ def hadamard(x: Tensor, inverse: bool = False) -> Tensor:
     >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
 
-    Raises TypeError for a dtype that is not floating-point, ValueError for a width that no known Hadamard matrix has.
+    Raises TypeError for anything but a floating-point tensor, ValueError for a width that no known Hadamard matrix has.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point; got {x.dtype}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point torch.Tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if not x.dim():
+        raise ValueError("x must have a last dimension to rotate; got a single number")
     factor(x.shape[-1])
     return _Hadamard.apply(x, inverse)
 
@@ -97,6 +99,8 @@ def hadamard_matrix(m: int) -> Tensor:
 
 
 def _construction(m: int):
+    if m < 1:
+        return None
     if m == 1:
         return lambda m: torch.ones(1, 1)
     if m == 2:
@@ -174,13 +178,22 @@ def random_signs(n: int, seed: int = 0) -> Tensor:
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
-    """x R for x (…, n), R = D H: each row of weights, or of activations, in the rotated basis."""
-    return hadamard(x * signs.to(x))
+    """x R for x (…, n), R = D H: each row of weights, or of activations, in the rotated basis.
+
+    signs: float (n,), on any device. Raises as `hadamard`, and ValueError for another number of signs.
+    """
+    return hadamard(x * _signs_of(x, signs))
 
 
 def unrotate(x: Tensor, signs: Tensor) -> Tensor:
-    """x R^T: what `rotate` did undone."""
-    return hadamard(x, inverse=True) * signs.to(x)
+    """x R^T: what `rotate` did undone. Raises as that."""
+    return hadamard(x, inverse=True) * _signs_of(x, signs)
+
+
+def _signs_of(x: Tensor, signs: Tensor) -> Tensor:
+    if signs.shape != x.shape[-1:]:
+        raise ValueError(f"x of shape {tuple(x.shape)} takes as many signs as its last side; got {tuple(signs.shape)}")
+    return signs.to(x)
 
 
 class RotatedLinear(nn.Module):

@@ -24,7 +24,8 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
 
     rounded: from weights to what they are decoded to, such as lambda w: nf4lab.quantize(w).dequantize().
     alpha = 0, no scaling, is tried too, so nothing is lost on the inputs that made the hessian. s has a geometric mean
-    of 1 over its range, sqrt(max s * min s). Raises as `check_hessian`.
+    of 1 over its range, sqrt(max s * min s). Raises as `check_hessian`, and ValueError where no alpha gives an error
+    that is a number.
     """
     mean_square = check_hessian(hessian, w).diagonal().float()
     mean_square = mean_square.clamp_min(1e-8 * mean_square.max().clamp_min(torch.finfo(torch.float32).tiny))
@@ -35,4 +36,6 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
         error = output_error(w, rounded(w.float() * scales) / scales, hessian)
         if error < least:
             best, least = (scales, alpha), error
+    if best is None:
+        raise ValueError("rounded gives weights that are not finite, whatever the scales")
     return best

@@ -74,7 +74,7 @@ def _quantize_language_model(options: argparse.Namespace) -> int:
     for name in ("scheduler", "max_shard_size"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} takes tensors one by one; --rotate and --calibrate a model")
-    text = None if options.calibrate is None else options.calibrate.read_text(encoding="utf-8")
+    text = None if options.calibrate is None else _text_of(options.calibrate)
     rows = quantize_language_model(
         options.source, options.target, options.format, options.block_size, options.double_quant,
         rotate=options.rotate, text=text, include=options.include or "*", exclude=options.exclude,
@@ -84,6 +84,17 @@ def _quantize_language_model(options: argparse.Namespace) -> int:
     how += [f"calibrated on {options.calibrate}"] if text is not None else []
     print(f"{options.target}: {len(rows)} layers quantized, {' and '.join(how)}; {rows.kept_share:.1%} stays")
     return 0
+
+
+def _text_of(path: Path) -> str:
+    """What a file to calibrate with says. Raises ValueError where it is not text in UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#x}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: character {text.index(chr(0))} is a zero")
+    return text
 
 
 def _leftovers(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
-from nf4lab.layers.starts import STARTS
+from nf4lab.layers.starts import STARTS, check_start
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
 
 
@@ -88,8 +88,9 @@ def add_lora_(
     from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
     the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
 
-    Raises as `nf4lab.quantize_model_`; ValueError where the model has adapters already, for an unknown init, and where
-    a layer has no original of its shape, or is not in 4 bits, under "loftq" and "pissa". The model is then as it was.
+    Raises as `nf4lab.quantize_model_`; ValueError where the model has adapters already, for an unknown init, and, under
+    "loftq" and "pissa", where a layer is not in 4 bits, is smaller than rank, or has no finite original of its shape.
+    The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
@@ -97,7 +98,7 @@ def add_lora_(
         raise ValueError(f"init must be 'zero', {', '.join(map(repr, STARTS))}; got {init!r}")
     chosen = choose_layers(model, _can_adapt, include, exclude)
     if init != "zero":
-        _check_originals(model, [names[0] for names in chosen], originals or {}, init)
+        _check_originals(model, [names[0] for names in chosen], originals or {}, init, rank)
     model.requires_grad_(False)
     for names in chosen:
         layer = LoRALinear(model.get_submodule(names[0]), rank, alpha, dropout, dtype)
@@ -107,7 +108,7 @@ def add_lora_(
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str, Tensor], init: str) -> None:
+def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str, Tensor], init: str, rank: int) -> None:
     for name in names:
         layer, original = model.get_submodule(name), originals.get(f"{name}.weight")
         wanted = (layer.out_features, layer.in_features)
@@ -116,6 +117,10 @@ def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str,
         if original is None or original.shape != wanted:
             got = "none" if original is None else tuple(original.shape)
             raise ValueError(f"init {init!r} needs an original {name + '.weight'!r} of shape {wanted}; got {got}")
+        try:
+            check_start(original, rank)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
 
 
 @torch.no_grad()

@@ -21,9 +21,12 @@ def loftq(w: Tensor, rank: int, quantize: Callable[[Tensor], QuantizedTensor], s
     """(base, A, B) with base + B A near w (out, in): the best of `steps` alternations, the plain base among them.
 
     A, B are float32. quantize: from weights to the base, such as nf4lab.quantize. The alternation need not get better
-    with every step; the step of least error is returned. Raises ValueError for a rank that w does not have.
+    with every step; the step of least error is returned. Raises ValueError for a rank that w does not have, weights
+    that are not finite, and fewer steps than one.
     """
-    w, best, least = _checked(w, rank), None, torch.inf
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    w, best, least = check_start(w, rank), None, torch.inf
     a, b = w.new_zeros(rank, w.shape[1]), w.new_zeros(w.shape[0], rank)
     for _ in range(steps):
         base = quantize(w - b @ a)
@@ -37,9 +40,9 @@ def loftq(w: Tensor, rank: int, quantize: Callable[[Tensor], QuantizedTensor], s
 def pissa(w: Tensor, rank: int, quantize: Callable[[Tensor], QuantizedTensor]) -> Start:
     """(base, A, B): the principal part of w (out, in) in A and B, the rest quantized.
 
-    A, B are float32 and have the square roots of the r largest singular values each. Raises as `loftq`.
+    A, B are float32 and have the square roots of the r largest singular values each. Raises as `loftq` does.
     """
-    w = _checked(w, rank)
+    w = check_start(w, rank)
     a, b = low_rank(w, rank)
     return quantize(w - b @ a), a, b
 
@@ -54,7 +57,10 @@ def low_rank(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 STARTS = {"loftq": loftq, "pissa": pissa}
 
 
-def _checked(w: Tensor, rank: int) -> Tensor:
+def check_start(w: Tensor, rank: int) -> Tensor:
+    """w in float32, if adapters of that rank can start from it. Raises ValueError otherwise."""
     if w.dim() != 2 or not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank must lie between 1 and the smaller side of a matrix; got {rank} for {tuple(w.shape)}")
+    if not w.isfinite().all():
+        raise ValueError("w must be finite to start an adapter from")
     return w.detach().float()

@@ -97,7 +97,7 @@ def quantize_model_(
     that names what would stay ("*lm_head*", but not "*") has it quantized all the same. A layer used in two places is
     quantized once and stays shared.
     hessians: the second moments of layers' inputs by dotted name, from `nf4lab.calibrate`, for error feedback; a layer
-    that has none is rounded to nearest.
+    that has none is rounded to nearest, and a name that the model doesn't have is refused.
     progress: a bar, where the work takes more than two seconds.
 
     All or nothing: each layer is quantized before the first is replaced. Beside the model, memory is needed for its
@@ -111,7 +111,10 @@ def quantize_model_(
     format = as_format(format)
     if is_plain_linear(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
-    chosen, others = choose(candidates(model), include, exclude)
+    everything = candidates(model)
+    hessians = {} if hessians is None else hessians
+    _check_names(hessians, everything)
+    chosen, others = choose(everything, include, exclude)
     for candidate in chosen:
         _check_replaceable(candidate)
     made = []
@@ -148,6 +151,17 @@ def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, layer)
 
 
+def _check_names(hessians: Mapping[str, Tensor], everything: list[Candidate]) -> None:
+    """Raise for a hessian that no matrix would take."""
+    if not isinstance(hessians, Mapping):
+        raise TypeError(f"hessians must be a mapping from names of layers; got {type(hessians).__name__}")
+    known = [name for candidate in everything for name in candidate.names]
+    for name in hessians:
+        if name not in known:
+            some = ", ".join(map(repr, known[:3])) or "none"
+            raise ValueError(f"hessians has {name!r}, which names no matrix of the model; it has {some}, …")
+
+
 def _check_replaceable(candidate: Candidate) -> None:
     """Raise where a layer cannot be replaced without losing something."""
     layer, name = candidate.module, candidate.names[0]
@@ -175,7 +189,8 @@ def _quantized(
     """The 4-bit layer for a candidate, which stays as it is, and the layer's row. An error names the layer."""
     layer, name, weight = candidate.module, candidate.names[0], _weight(candidate)
     try:
-        q = quantize(weight, format, block_size, double_quant, hessian=(hessians or {}).get(name))
+        hessian = next((hessians[own] for own in candidate.names if own in hessians), None)
+        q = quantize(weight, format, block_size, double_quant, hessian=hessian)
         if candidate.kind == "experts":
             new = Experts4bit(q)
         elif candidate.kind == "embedding":
