@@ -13,15 +13,19 @@ import os
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 CANVAS = re.compile(r"(?P<name>[^_/]+)_(?P<late>LATE_)?(?P<id>\d+)_(?P<attempt>\d+)_(?P<file>.+)", re.IGNORECASE)
-MOODLE = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?P<kind>[a-z]+)_?/?(?P<file>.*)")
+# A folder's name ends in what Moodle adds; a file's goes on with what the student called it, so there the first counts.
+MOODLE_FOLDER = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?P<kind>[a-z]+)_?")
+MOODLE_FILE = re.compile(r"(?P<name>.+?)_(?P<id>\d+)_assignsubmission_(?P<kind>[a-z]+)_?(?P<file>.*)")
 LITTER = re.compile(r"(^|/)(\..*|Thumbs\.db|desktop\.ini|__MACOSX|Icon\r|.*~)(/|$)", re.IGNORECASE)
 COPY = re.compile(r"[ _-]?(\(\d+\)|- ?copy|copy)$", re.IGNORECASE)  # what browsers and systems add to a second download
-MOST_ZIP_BYTES = 2**29
+MOST_BYTES = 2**27  # of one file, and of all that a student's own zip holds
+MOST_FILES = 2000  # in a student's own zip
 NAMES = ("student", "full name", "name", "sortable name", "display name")
 IDS = (
     "id", "identifier", "sis user id", "sis login id", "email address", "email", "e-mail", "username", "id number",
@@ -110,16 +114,17 @@ def spellings(name: str) -> set[str]:
 
 def submissions(folder: Path) -> dict[str, Submission]:
     """What is in a folder, or in a zip, by student. Raises FileNotFoundError where there is nothing."""
-    found: dict[str, Submission] = {}
+    found: dict[tuple[str, str], Submission] = {}
     for name, date, data in sorted(files(folder), key=lambda item: item[:2]):
         one = identify(name, date)
         if one is None:
             continue
-        key = one.number or spelled(one.student) or one.student
+        key = ("number", one.number) if one.number else ("name", unicodedata.normalize("NFC", one.student))
         mine = found.setdefault(key, one)
-        mine.files.append(PurePosixPath(name).name)
+        unread = f" ({data})" if isinstance(data, str) else ""
+        mine.files.append(f"{PurePosixPath(name).name}{unread}")
         mine.late |= one.late
-        notebook = is_notebook(name, data)
+        notebook = not unread and is_notebook(name, data)
         if notebook and (mine.data is None or one.attempt >= mine.attempt):
             mine.data, mine.attempt, mine.notes = data, one.attempt, [f"counts: {mine.files[-1]}"]
         elif mine.data is None and mine is one:
@@ -152,34 +157,48 @@ def identify(name: str, date: tuple) -> Submission | None:
     if LITTER.search(name):
         return None
     path = PurePosixPath(name)
-    if found := MOODLE.fullmatch(name):
-        return (
-            Submission(found["name"].split("/")[-1], found["id"], attempt=(date, name))
-            if found["kind"] == "file"
-            else None
-        )
+    if found := _moodle(path):
+        is_file = found["kind"] == "file"
+        return Submission(found["name"], found["id"], attempt=(date, name)) if is_file else None
     if found := CANVAS.fullmatch(path.name):
-        again = re.search(r"-(\d+)\.\w+$", found["file"])
+        again = re.search(r"-(\d{1,9})\.\w+$", found["file"])
         attempt = (int(found["attempt"]), int(again[1]) if again else 0)
         return Submission(found["name"], found["id"], attempt=attempt, late=bool(found["late"]))
     owner = path.parts[0] if len(path.parts) > 1 else path.stem
     return Submission(COPY.sub("", owner) or owner, attempt=(date, name))
 
 
-def files(folder: Path) -> Iterator[tuple[str, tuple, bytes]]:
-    """(path below the folder, date, content) of each file, those in zips among them."""
+def _moodle(path: PurePosixPath) -> re.Match | None:
+    """What Moodle's names tell: the outermost of them, since what is inside a student has named."""
+    folders = map(MOODLE_FOLDER.fullmatch, path.parts[:-1])
+    return next(filter(None, folders), None) or MOODLE_FILE.fullmatch(path.name)
+
+
+def _is_told_by_system(name: str) -> bool:
+    """Whether a learning system has given a file its name, or its folder."""
+    path = PurePosixPath(name)
+    return bool(_moodle(path) or CANVAS.fullmatch(path.name))
+
+
+def files(folder: Path) -> Iterator[tuple[str, tuple, bytes | str]]:
+    """(path below the folder, date, content) of each file, those in zips among them; why not, where one can't be read.
+
+    Raises ValueError where all is one zip that can't be read.
+    """
     if folder.is_file() and zipfile.is_zipfile(folder):
-        yield from _unzipped("", folder.read_bytes())
+        yield from _exported(folder)
         return
     for path in sorted(folder.rglob("*")):
         name = readable(os.fsencode(str(path.relative_to(folder))))
         if not path.is_file() or path.is_symlink() or LITTER.search(name):
             continue
         date = tuple(_date(path.stat().st_mtime))
-        if name.lower().endswith(".zip") and zipfile.is_zipfile(path):
-            yield from _unzipped(name, path.read_bytes())
+        if name.lower().endswith(".zip") and not _is_told_by_system(name) and _is_export(path):
+            yield from _exported(path)
+        elif path.stat().st_size > MOST_BYTES:
+            yield name, date, f"more than {MOST_BYTES >> 20} MB"
         else:
-            yield name, date, path.read_bytes()
+            yield from _handed_in(name, date, path.read_bytes())
 
 
 def _date(seconds: float) -> tuple:
@@ -188,37 +207,68 @@ def _date(seconds: float) -> tuple:
     return time.gmtime(seconds)[:6]
 
 
-def _unzipped(name: str, data: bytes) -> Iterator[tuple[str, tuple, bytes]]:
-    """What is in a zip. In a student's own zip the student is whom the zip's name says."""
-    whose = "" if not name or identify(name, ()) is None else name[:-4]
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(info.file_size for info in archive.infolist()) > MOST_ZIP_BYTES:
-            raise ValueError(f"{name or 'the zip'} holds more than {MOST_ZIP_BYTES >> 20} MB")
-        for info in archive.infolist():
-            if info.is_dir() or LITTER.search(info.filename):
-                continue
-            inner = archive.read(info) if not info.flag_bits & 1 else b""
-            moodle_or_canvas = MOODLE.fullmatch(info.filename) or CANVAS.fullmatch(PurePosixPath(info.filename).name)
-            if info.filename.lower().endswith(".zip"):
-                yield from _unzipped(info.filename, inner)
-            elif whose and not moodle_or_canvas:
-                yield _within(whose, info.filename), info.date_time, inner
-            else:
-                yield info.filename, info.date_time, inner
+def _is_export(path: Path) -> bool:
+    """Whether a zip is what a learning system has exported, with several students in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(map(_is_told_by_system, archive.namelist()))
+    except Exception:  # whatever a broken zip makes of the library
+        return False
+
+
+def _exported(path: Path) -> Iterator[tuple[str, tuple, bytes | str]]:
+    """What is in a zip that a learning system has written: each file under the name of its student."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or LITTER.search(info.filename):
+                    continue
+                if info.file_size > MOST_BYTES:
+                    yield info.filename, info.date_time, f"more than {MOST_BYTES >> 20} MB"
+                else:
+                    yield from _handed_in(info.filename, info.date_time, archive.read(info))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path.name} can't be read: {error}") from None
+
+
+def _handed_in(name: str, date: tuple, data: bytes) -> Iterator[tuple[str, tuple, bytes | str]]:
+    """A file of a student, or what is in his zip: all of that is his, whatever it is called."""
+    if not name.lower().endswith(".zip") or identify(name, ()) is None:
+        yield name, date, data
+        return
+    try:
+        inside = [(_within(name[:-4], inner), *rest) for inner, *rest in _unzipped(data)]
+    except Exception as error:  # whatever a broken zip makes of the library: it costs one student, and not the batch
+        inside = [(name, date, f"a zip that can't be read: {type(error).__name__}: {error}"[:200])]
+    yield from inside or [(name, date, "an empty zip")]
+
+
+def _unzipped(data: bytes) -> Iterator[tuple[str, tuple, bytes]]:
+    """(name, date, content) of what is in a zip, and in the zips in it. Raises ValueError beyond the limits."""
+    zips, n_files, n_bytes = [data], 0, 0
+    while zips:
+        with zipfile.ZipFile(io.BytesIO(zips.pop())) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or LITTER.search(info.filename):
+                    continue
+                n_files, n_bytes = n_files + 1, n_bytes + info.file_size
+                if n_files > MOST_FILES or n_bytes > MOST_BYTES:
+                    raise ValueError(f"it holds more than {MOST_FILES:,} files or {MOST_BYTES >> 20} MB")
+                content = archive.read(info)
+                if info.filename.lower().endswith(".zip"):
+                    zips.append(content)
+                else:
+                    yield info.filename, info.date_time, content
 
 
 def _within(whose: str, name: str) -> str:
     """The path of a file in a student's zip, such that it still tells the student."""
-    last = PurePosixPath(name).name
-    if MOODLE.fullmatch(whose):
-        return (
-            f"{whose}{'/' if whose.endswith('_') else '_'}{last}"
-            if "/" not in whose
-            else f"{PurePosixPath(whose).parent}/{last}"
-        )
-    if CANVAS.fullmatch(PurePosixPath(whose).name):
+    last, path = PurePosixPath(name).name, PurePosixPath(whose)
+    if any(map(MOODLE_FOLDER.fullmatch, path.parts[:-1])):
+        return f"{path.parent}/{last}"
+    if _is_told_by_system(whose):
         return f"{whose}_{last}"
-    return f"{whose.split('/')[0]}/{last}"
+    return f"{path.parts[0]}/{last}"
 
 
 def readable(name: bytes) -> str:

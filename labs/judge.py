@@ -126,6 +126,7 @@ class Conversation:
             self.note(self.hear())
         if self.unreadable:
             return
+        self.line.send(KILL, b"")  # what the cells have started: a fork of theirs still has the package's solutions
         for question, source in self.job.checks.items():
             with contextlib.suppress(Late):
                 self.check(question, cases(source))
@@ -371,7 +372,8 @@ def stripped(notebook: bytes) -> str:
     """The notebook's text without its outputs, which no check looks at. Raises ValueError where it is none."""
     try:
         found = json.loads(notebook.decode("utf-8-sig"))
-        for cell in found.get("cells", []) if isinstance(found, dict) else ():
+        cells = found.get("cells") if isinstance(found, dict) else None
+        for cell in cells if isinstance(cells, list) else ():
             if isinstance(cell, dict):
                 cell.pop("outputs", None)
                 cell.pop("attachments", None)

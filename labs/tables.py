@@ -10,12 +10,12 @@ from pathlib import Path
 
 def plain(text: str) -> str:
     """Text for a cell of a table, which no spreadsheet takes for a formula, wherever it splits cells."""
-    return re.sub(r"(^|[;,\t\r\n]\s*)([=+\-@])", r"\1'\2", clean(text))
+    return re.sub(r"(^|[;,\t\r\n]\s*)([=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'\2", clean(text))
 
 
 def clean(text: str) -> str:
-    """Text that can be written as UTF-8, whatever a submission made of it."""
-    return str(text).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+    """Text that can be written as UTF-8 and shown in a terminal, whatever a submission made of it."""
+    return "".join(c if c.isprintable() or c in "\t\r\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def points(value: float) -> str:

@@ -1,16 +1,20 @@
 """Grading: right, wrong and hostile submissions, each in processes of its own; nothing lost, nothing hung."""
 
 import csv
+import io
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import attacks
 import grade
+import intake
 import judge
 import lab_submissions
 import make_labs
@@ -114,7 +118,20 @@ def test_a_cause_is_a_constant_sentence_so_that_it_carries_no_data(lab):
     assert not re.findall(r'^ {8,}f"[^"]*": ', source, re.MULTILINE)
 
 
-STRANGE = ["\ud800", "/x\udcff", "Jörg\x00", "=1+1;=2", "a/b\\c:d", "学生", "x" * 300, ".", "con", "<b>"]
+STRANGE = [
+    "\ud800",
+    "\x1b[2J\x9b31m\u202e",
+    "\uff1d1+1",
+    "/x\udcff",
+    "Jörg\x00",
+    "=1+1;=2",
+    "a/b\\c:d",
+    "学生",
+    "x" * 300,
+    ".",
+    "con",
+    "<b>",
+]
 
 
 def test_the_table_the_report_and_the_pages_hold_any_text(tmp_path):
@@ -136,7 +153,8 @@ def test_the_table_the_report_and_the_pages_hold_any_text(tmp_path):
     assert len(list((tmp_path / "pages").glob("*.html"))) == len(STRANGE)
     lines = list(csv.reader((tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines()))
     assert len(lines) == len(STRANGE) + 1 and len({len(line) for line in lines}) == 1
-    assert not [cell for line in lines for cell in line if re.search(r"(^|;)[=+@-]", cell)]
+    assert not [cell for line in lines for cell in line if re.search(r"(^|;)[=+@\uff1d-]", cell)]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"[\0\x1b]", path.read_bytes())]
     done = report.done()
     assert [done[str(i)]["student"] for i in range(len(STRANGE))] == STRANGE
 
@@ -149,6 +167,102 @@ def test_a_report_that_was_cut_off_keeps_the_rows_before(tmp_path):
     report.path.write_text(text[:-20])
     assert set(report.done()) == {"0", "1"}
     assert tables.Report(report.path, "another").done() == {}
+
+
+# What a student's file can do before anything runs
+
+
+def zipped(files, method=zipfile.ZIP_DEFLATED):
+    """A zip of contents by name."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+MINE, OTHER = b'{"cells": [], "mine": 1}', b'{"cells": []}'
+# What Ben's zip may hold to be taken for Vera's, and in the name of whom the system has exported it.
+DISGUISED = {
+    "Canvas": ("ben_104_5004_lab1.zip", "vera_102_5002_lab1.ipynb", "vera_102_99999_lab1.ipynb"),
+    "Moodle": ("Ben B_104_assignsubmission_file_/a.zip", "Vera V_102_assignsubmission_file_/lab1.ipynb",
+               "Vera V_102_assignsubmission_file_/z.ipynb"),
+    "Moodle without folders": ("Ben B_104_assignsubmission_file_a.zip", "Vera V_102_assignsubmission_file_lab1.ipynb",
+                               "Vera V_102_assignsubmission_file_z.ipynb"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize(("ben", "vera", "disguise"), DISGUISED.values(), ids=DISGUISED)
+def test_nothing_that_a_student_names_counts_as_anothers(tmp_path, ben, vera, disguise, depth):
+    data = MINE
+    for level in range(depth):
+        data = zipped({disguise if level == 0 else disguise.replace("ipynb", "zip"): data})
+    names = {vera: OTHER, ben if depth else ben.replace("a.zip", disguise).replace(".zip", f"_{disguise}"): data}
+    (tmp_path / "export.zip").write_bytes(zipped(names))
+    for name, content in names.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+    for folder in (tmp_path / "export.zip", tmp_path / "out"):
+        by_number = {one.number: one.data for one in intake.submissions(folder).values()}
+        assert by_number == {"102": OTHER, "104": MINE}
+
+
+def broken(at, content):
+    """A zip of one notebook with other bytes in its directory, which stands last."""
+    data = bytearray(zipped({"lab1.ipynb": MINE}))
+    start = data.rfind(b"PK\x01\x02") + at
+    data[start : start + len(content)] = content
+    return bytes(data)
+
+
+def many(n, mb):
+    """A small zip that holds n times so many MB of zeros."""
+    return zipped(dict.fromkeys(map("{}.ipynb".format, range(n)), bytes(mb << 20)))
+
+
+BAD_ZIPS = {
+    "a bomb": lambda: many(3, 50),
+    "a bomb in zips": lambda: zipped({f"{k}.zip": many(1, 50) for k in range(3)}),
+    "too many files": lambda: zipped(dict.fromkeys(map(str, range(3000)), b"")),
+    "encrypted": lambda: broken(8, b"\1"),
+    "a method that nobody knows": lambda: broken(10, b"cc"),
+    "a wrong sum": lambda: broken(16, b"sums"),
+    "a false size": lambda: broken(24, b"\xff" * 4),
+    "a place outside the file": lambda: broken(42, b"\xff\xff\xff\x7f"),
+    "cut": lambda: zipped({"lab1.ipynb": MINE})[:-30],
+    "a zip in it is none": lambda: zipped({"a.zip": b"PK nothing"}),
+    "empty": lambda: zipped({}),
+}
+
+
+@pytest.mark.parametrize("make", BAD_ZIPS.values(), ids=BAD_ZIPS)
+def test_a_zip_that_cannot_be_read_costs_its_own_row(tmp_path, make):
+    names = {"ada_101_1_lab1.ipynb": OTHER, "ben_104_2_lab1.zip": make(), "cem_105_3_lab1-12345.ipynb": OTHER}
+    (tmp_path / "export.zip").write_bytes(zipped(names))
+    (tmp_path / "out").mkdir()
+    for name, content in names.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    for folder in (tmp_path / "export.zip", tmp_path / "out"):
+        found = intake.submissions(folder)
+        assert {name: one.data for name, one in found.items()} == {"ada": OTHER, "ben": None, "cem": OTHER}
+        assert re.search(r"ben_104_2_lab1.zip \((a zip that can't be read: |an empty zip)", found["ben"].files[0])
+
+
+def test_a_file_without_end_costs_its_own_row_and_names_that_are_alike_stay_two(tmp_path):
+    for name in ("José.ipynb", "Jose.ipynb", "A. Ali.ipynb", "AAli.ipynb", "huge.ipynb"):
+        (tmp_path / name).write_bytes(OTHER)
+    os.truncate(tmp_path / "huge.ipynb", 2**40)
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    found = intake.submissions(tmp_path)
+    assert sorted(found) == ["A. Ali", "AAli", "Jose", "José", "huge"]
+    assert found["huge"].data is None and found["huge"].files == ["huge.ipynb (more than 128 MB)"]
+
+
+def test_json_without_a_list_of_cells_is_no_notebook(job):
+    for text in (b'{"cells": null}', b'{"cells": {"a": 1}}', b"null", b"1e999", b"9" * 10_000, b"[" * 200_000):
+        row = judge.grade_one("a", text, job)
+        assert row["score"] == 0 and row["outcome"].startswith(("unreadable: not a notebook", "graded"))
 
 
 # What the process that runs student code can say
