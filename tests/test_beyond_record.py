@@ -166,11 +166,22 @@ def test_correcting_improves_the_outputs_of_all_layers_but_one():
             assert sum(a > b for a, b in zip(way, nearest, strict=True)) == spared
 
 
-def test_the_pages_table_of_starts_is_that_of_its_record():
+def test_what_the_page_says_of_starts_is_in_their_record():
     record = models.record("starts")
-    names = {"nf4": "NF4", "2 bits": "four levels, 2 bits", "zero": "zero", "loftq": "LoftQ", "pissa": "PiSSA"}
-    for base, starts in record["runs"].items():
-        for start, runs in starts.items():
-            before, left = runs[0][0][0], record["error"][f"{base}, {start}"]
-            assert f"| {names[base]} | {names[start]} | {left:.4f} | {before:.3f} |" in PAGE
-    assert f"the original's loss is {record['original'][0]:.3f}" in PAGE
+    left = record["error"]
+    taken = [1 - left[f"nf4, {start}"] / left["nf4, zero"] for start in ("loftq", "pissa")]
+    assert [f"{share:.0%}" for share in taken] == ["21%", "17%"]
+    assert "LoftQ takes 21% of the weights' error off and PiSSA 17%" in PAGE
+    last = {(base, start): [run[-1][1] for run in runs] for base, by_start in record["runs"].items()
+            for start, runs in by_start.items()}  # fmt: skip
+
+    def gaps(base, one, other):
+        return [a - b for a, b in zip(last[base, one], last[base, other], strict=True)]
+
+    behind, ahead = gaps("nf4", "loftq", "zero"), gaps("nf4", "zero", "pissa")
+    assert f"behind zero's by {min(behind):.3f} to {max(behind):.3f} nats" in PAGE
+    assert f"PiSSA's ahead by {min(ahead):.3f} to {max(ahead):.3f}, all at one" in PAGE
+    assert min(gaps("2 bits", "zero", "loftq")) > 2.3 and "ahead of zero by 2.3 nats or more" in PAGE
+    assert min(gaps("2 bits", "pissa", "loftq")) > 0.38 and "of PiSSA by 0.38 or more" in PAGE
+    runs = [run for by_start in record["runs"].values() for of in by_start.values() for run in of]
+    assert len(runs) == 18 and all(len(run) == 1 + 8 / record["every"] for run in runs)

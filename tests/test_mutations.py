@@ -38,6 +38,7 @@ BROKEN = [
     ("09", "(log_p - log_q)).sum(dim=-1)\n    found[", "(log_q - log_p)).sum(dim=-1)\n    found["),  # reversed
     ("10", "return self.base(x) + thin * self.scaling", "return self.base(x) + thin"),
     ("10", "2 * n_rest / 1e6, 16 * n_train / 1e6", "2 * n_rest / 1e6, 32 * n_train / 1e6"),
+    ("10", "u[:, :8] * s[:8]", "u[:, :8] * s[1:9]"),  # other singular values than the largest
     ("11", "unit = s.max() / 448", "unit = s.max() / 300"),  # the largest scale is not 448
     ("11", "at = blocks.abs().argmax", "at = blocks.argmax"),  # the largest weight, not the largest magnitude
     ("12", "f_M = B * 2 * phi(m) * G(m) ** (B - 1)", "f_M = B * 2 * phi(m) * G(m) ** B"),
