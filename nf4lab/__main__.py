@@ -2,10 +2,11 @@
 
 Exit status: 0 where the work is done; 1 for files, and what is in them, that can't be worked on, with one line on
 stderr; 2 for a command line that makes no sense; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Whatever the
-status but 0, nothing stands under the name of the output.
+status but 0, nothing stands under the name of the output. 141 is for a pipe whose reader left before it was told.
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -13,8 +14,10 @@ import warnings
 
 from nf4lab import __version__
 from nf4lab.commands import compare, inspect, quantize
+from nf4lab.commands.shown import shown
 
 COMMANDS = (quantize, inspect, compare)
+NO_READER = 141  # as a shell calls the end by SIGPIPE
 
 
 class Stopped(BaseException):
@@ -36,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return options.run(options)
+            status = options.run(options)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # the reader has seen enough, as in `nf4lab inspect --json FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
+        return NO_READER
     except (ValueError, OSError) as error:
         return _say(error, 1)
     except MemoryError:
@@ -60,12 +68,13 @@ def _listen() -> dict:
         return {}
 
     def stop(number, frame):
-        raise Stopped(number)
+        for other in heard:
+            signal.signal(other, lambda number, frame: None)  # a second one would stop the removal of what was begun
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
-    handlers = {"SIGINT": signal.default_int_handler, "SIGTERM": stop, "SIGHUP": stop}
-    known = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
-    heard = {n: handler for n, handler in known.items() if signal.getsignal(n) is not signal.SIG_IGN}
-    return {number: signal.signal(number, handler) for number, handler in heard.items()}
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, stop) for number in heard}
 
 
 def _show_warning(message, category, filename, line, file=None, text=None) -> None:
@@ -73,7 +82,7 @@ def _show_warning(message, category, filename, line, file=None, text=None) -> No
 
 
 def _say(message: object, status: int) -> int:
-    print(f"nf4lab: {message}", file=sys.stderr)
+    print(f"nf4lab: {shown(str(message))}", file=sys.stderr)
     return status
 
 

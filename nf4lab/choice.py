@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # Which layers: a pattern or several, as a shell's, of dotted names; or a function of name and layer.
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -59,6 +60,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
     found = []
     for names in places.values():
         module = modules[names[0]]
+        if any(map(is_lazy, module._parameters.values())):
+            raise ValueError(f"layer {names[0]!r} has no weights yet: run the model once")
         for kind, weight, numel in _matrices(module):
             by_parameter = kind in ("experts", "other")
             full = tuple(f"{name}.{weight}".lstrip(".") if by_parameter else name for name in names)

@@ -155,11 +155,18 @@ def quantized_folders(folder, out):
     shutil.copytree(folder, out / "awq")
     (out / "awq" / "quant_config.json").write_text("{}")
     shutil.copytree(folder, out / "text")
+    for name, part in {
+        "named": {"quantization_config": "word"},
+        "part": {"llm": {"quantization_config": {"bits": 4}}},
+    }.items():
+        shutil.copytree(folder, out / name)
+        (out / name / "config.json").write_text(json.dumps(part))
     (out / "text" / "config.json").write_text(
         json.dumps({"text_config": {"quantization_config": {"quant_method": "x"}}})
     )
     return {"nf4": "bitsandbytes, 4 bits", "int4": "nf4lab", "fp8": "fp8", "int8": "bitsandbytes, 8 bits",
-            "gptq": "gptq", "awq": "AWQ", "text": "x"}  # fmt: skip
+            "gptq": "gptq", "awq": "AWQ", "text": "x", "named": "word",
+            "part": "a method that it does not name"}  # fmt: skip
 
 
 def test_a_folder_that_is_quantized_already_is_refused_with_its_method(folder_of, tmp_path):
@@ -180,6 +187,14 @@ def test_a_folder_that_is_quantized_already_is_refused_with_its_method(folder_of
         (lambda w: {"a.weight": w.to(torch.float8_e4m3fn)}, "FP8"),
         (lambda w: {"a.weight": w.bfloat16(), "a.weight_scale_inv": torch.ones(1, 1)}, "FP8"),
         (lambda w: {"a.gate_blocks": w.byte(), "a.gate_scales": torch.ones(1, 1)}, "MXFP4"),
+        (lambda w: {"a.experts.gate_up_proj": w[None].to(torch.float8_e5m2)}, "FP8"),
+        (lambda w: {"a.weight": w.char(), "a.weight_scale": torch.ones(64)}, "FP8 or int8"),
+        (lambda w: {"a.weight": w.char(), "a.weight_scales": torch.ones(64)}, "EETQ"),
+        (lambda w: {"a.weight": w.byte(), "a.scales": torch.ones(64)}, "a method that stores weights as uint8"),
+        (lambda w: {"a.codes": w.char(), "a.codebooks": w[None]}, "AQLM"),
+        (lambda w: {"a.q_weight": w.int(), "a.q_scale": w.int()}, "EXL2"),
+        (lambda w: {"a.W_q": w.byte(), "a.scale": torch.ones(64)}, "HQQ"),
+        (lambda w: {"a.weight._data": w.char(), "a.weight._scale": torch.ones(64)}, "Quanto"),
     ],
 )
 def test_a_file_that_is_quantized_already_is_refused_with_its_method(tmp_path, tensors, method):
@@ -231,6 +246,25 @@ def test_weights_of_a_part_that_modules_json_lists_go_along(folder_of, tmp_path)
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
     assert counts["left_out"] == ["openvino/model.safetensors"]
     assert not (tmp_path / "out" / ".cache").exists()
+
+
+def test_links_and_empty_folders_go_along_and_what_is_no_file_is_named(folder_of, tmp_path):
+    folder, _ = folder_of("MiniLM")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (folder / "2_Normalize").mkdir()
+    links = {"1_Pooling": "../elsewhere", "vocab.txt": "../elsewhere/config.json", "up": "..", "lost.txt": "nowhere"}
+    for name, to in links.items():
+        (folder / name).symlink_to(to)
+    os.mkfifo(folder / "pipe")
+    before = sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Normalize").is_dir()
+    for name in ("1_Pooling/config.json", "vocab.txt"):
+        assert (tmp_path / "out" / name).read_text() == "{}" and not (tmp_path / "out" / name).is_symlink()
+    assert counts["left_out"] == ["lost.txt", "pipe"]
+    shutil.rmtree(tmp_path / "out")
+    assert sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": "\\ud800'])

@@ -1,11 +1,14 @@
 """The manners of the command line: what it is called, what it says of files and mistakes, what it leaves behind."""
 
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import safetensors.torch
@@ -13,7 +16,7 @@ import torch
 
 import nf4lab
 from nf4lab.__main__ import main
-from nf4lab.checkpoints import partial
+from nf4lab.checkpoints import convert, partial
 
 
 @pytest.fixture
@@ -66,6 +69,8 @@ NOT_SAFETENSORS = {
     "hdf5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 60, "an HDF5 file"),
     "npy": (b"\x93NUMPY\x01\0" + b"\0" * 60, "a NumPy array"),
     "gzip": (b"\x1f\x8b\x08" + b"\0" * 60, "a gzip archive"),
+    "pdf": (b"%PDF-1.7\n" + b"\0" * 60, "it begins with b'%PDF-1.7"),
+    "text": (b"Access to this model is restricted. " * 3, "it begins with b'Access to this m'"),
     "json": (b'{"weight_map": {"a": "b.safetensors", "and": "so on"}}', "JSON"),
 }
 
@@ -76,7 +81,8 @@ def test_a_file_that_is_something_else_is_called_by_its_name(tmp_path, capsys, c
     for arguments in (["inspect"], ["compare"], ["quantize", str(tmp_path / "out")]):
         command, *more = arguments
         assert main([command, str(tmp_path / "model.safetensors"), *more]) == 1
-        assert f"nf4lab: model.safetensors is not a safetensors file but {words}" in capsys.readouterr().err
+        pattern = f"nf4lab: model.safetensors is not a safetensors file( but|:) {re.escape(words)}"
+        assert re.search(pattern, capsys.readouterr().err)
 
 
 def test_a_folder_of_pickles_names_them(tmp_path, capsys):
@@ -129,6 +135,40 @@ def test_a_target_that_cannot_be_is_refused_by_the_name_that_was_given(checkpoin
     assert main(["quantize", str(checkpoint), f"{tmp_path}/new/"]) == 1
     assert "names a folder, and IN is one file: name the file to write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_link_that_leads_nowhere_a_device_without_values_and_a_text_that_is_none_are_refused(
+    checkpoint, tmp_path, capsys
+):
+    (tmp_path / "link").symlink_to("nowhere")
+    wrong = {"link exists already": ["link"], "device 'meta' holds no values": ["out", "--device", "meta"],
+             "in.safetensors is not text in UTF-8": ["out", "--calibrate", str(checkpoint)]}  # fmt: skip
+    for words, (out, *more) in wrong.items():
+        assert main(["quantize", str(checkpoint), str(tmp_path / out), *more]) == 1
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "out").exists()
+
+
+def test_what_a_terminal_would_obey_is_written_out(tmp_path, capsys):
+    evil = "\x1b[2J\x9b31m\u202e\r\n[bold]"
+    tensors = {f"{evil}.weight": torch.randn(64, 64), f"embed{evil}.weight": torch.randn(64, 64)}
+    path = tmp_path / "in.safetensors"
+    safetensors.torch.save_file(tensors | {f"zero{evil}.weight": torch.zeros(64, 64)}, path)
+    assert main(["inspect", str(path)]) == main(["quantize", str(path), str(tmp_path / "out")]) == 0
+    assert main(["compare", str(path), "--bits", "4.5"]) == main(["inspect", str(tmp_path / f"no{evil}")]) - 1 == 0
+    said = capsys.readouterr()
+    assert "\\x1b[2J\\x9b31m\\u202e\\r\\n[bold].weight" in said.out and "embed\\x1b[2J" in said.err
+    assert not set("\x1b\x9b\u202e") & set(said.out + said.err)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path):
+    path = tmp_path / "in.safetensors"
+    safetensors.torch.save_file({f"{k}.weight": torch.zeros(1) for k in range(5_000)}, path)
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-m", "nf4lab", "inspect", path, *more]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        run.stdout.close()
+        assert run.stderr.read() == b"" and run.wait() == (141 if more else 1)  # rich ends a table's command itself
 
 
 def test_inspect_and_compare_speak_json(checkpoint, tmp_path, capsys):
@@ -271,3 +311,27 @@ def test_a_signal_at_a_random_moment_loses_nothing_and_leaves_nothing_unsaid(tmp
         assert run.returncode == 128 + number and err.count("\n") == 1 and not left
     assert main(["quantize", str(source), str(out), "--clean", "--quiet", "--max-shard-size", "20KB"]) == 0
     assert len(nf4lab.load_quantized(out)) == 20 and not partial.leftovers(out)
+
+
+def test_a_second_signal_does_not_stop_the_removal_of_what_was_begun(tmp_path, monkeypatch, capsys):
+    source, out = tmp_path / "in.safetensors", tmp_path / "out"
+    safetensors.torch.save_file({f"{k}.weight": torch.randn(64, 64) for k in range(20)}, source)
+    write, remove = convert.quantize, partial.shutil.rmtree
+    for first, second in itertools.product((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), repeat=2):
+        calls = itertools.count()
+
+        def interrupted(*arguments, calls=calls, first=first, **named):
+            if next(calls) == 12:
+                signal.raise_signal(first)
+            return write(*arguments, **named)
+
+        def slow(path, *arguments, second=second, **named):
+            signal.raise_signal(second)
+            remove(path, *arguments, **named)
+
+        monkeypatch.setattr(convert, "quantize", interrupted)
+        monkeypatch.setattr(partial.shutil, "rmtree", slow)
+        with warnings.catch_warnings():
+            status = main(["quantize", str(source), str(out), "--quiet", "--max-shard-size", "9KB"])
+        assert status == 128 + first and capsys.readouterr().err.endswith("nothing was left behind\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]

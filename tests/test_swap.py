@@ -217,6 +217,8 @@ def broken(kind):
         model[2].weight.data[3, 4] = torch.nan
     elif kind == "meta":
         model[2].to("meta")
+    elif kind == "lazy":
+        model[2] = nn.LazyLinear(64)
     elif kind == "dtype":
         model[2].weight = nn.Parameter(model[2].weight.to(torch.float8_e4m3fn), requires_grad=False)
     elif kind == "overflow":
@@ -230,6 +232,7 @@ def broken(kind):
         ("nan", r"layer '2': x must be finite .* at index \(3, 4\)"),
         ("meta", r"layer '2' is on the meta device: its \(64, 64\) weight is not in memory"),
         ("dtype", r"layer '2': x must be float32"),
+        ("lazy", r"layer '2' has no weights yet: run the model once"),
         ("overflow", r"layer '2': a block's scale exceeds torch.float16"),
     ],
 )

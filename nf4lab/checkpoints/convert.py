@@ -98,7 +98,7 @@ def quantize_checkpoint(
 
 def check_target(target: Path) -> None:
     """Raise where nothing can be written under the target's name."""
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere too
         raise FileExistsError(f"{target} exists already; nothing was written")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is not a folder to write {target.name} to; nothing was written")

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, NF4LAB_STATE
@@ -21,7 +22,12 @@ MARKS = {
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
     ".weight_scale_inv": "FP8",
-    ".weight_scale": "FP8",
+    ".weight_scale": "FP8 or int8",
+    ".weight_scales": "EETQ",
+    ".q_weight": "EXL2",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".weight._data": "Quanto",
     "_blocks": "MXFP4",
 }
 
@@ -44,25 +50,40 @@ def check_not_quantized(source: Path, config: dict | None, dtypes: dict[str, str
     """Raise ValueError, naming the method, where a file or a folder is quantized already. dtypes: of tensors by key."""
     method = _method_of(config or {}) or next((how for file, how in CONFIGS.items() if (source / file).exists()), None)
     at = ""
-    for key, dtype in dtypes.items() if method is None else ():
-        method = next((how for end, how in MARKS.items() if key.endswith(end)), None)
-        method = "FP8" if method is None and dtype.startswith("float8") and key.endswith("weight") else method
-        if method is not None and not (method == "MXFP4" and f"{key.removesuffix('_blocks')}_scales" not in dtypes):
-            at = f" (tensor {key!r})"
-            break
-        method = None
+    if method is None:
+        key, method = next(chain(_marked(dtypes), _of_a_type(dtypes)), ("", None))
+        at = f" (tensor {key!r})"
     if method is not None:
         raise ValueError(f"{source} is quantized already, by {method}{at}: quantize the original instead")
+
+
+def _marked(dtypes: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(key, method) of each tensor whose name tells that it is a part of a quantized one."""
+    for key in dtypes:
+        method = next((how for end, how in MARKS.items() if key.endswith(end)), None)
+        if method is not None and (method != "MXFP4" or f"{key.removesuffix('_blocks')}_scales" in dtypes):
+            yield key, method
+
+
+def _of_a_type(dtypes: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(key, method) of each tensor whose type tells: no one trains weights that are integers or have 8 bits."""
+    for key, dtype in dtypes.items():
+        if dtype.startswith("float8"):
+            yield key, "FP8"
+        elif "int" in dtype and key.endswith(".weight"):
+            yield key, f"a method that stores weights as {dtype}"
 
 
 def _method_of(config: dict) -> str | None:
     """The quantization method that a configuration, or a part of it, names."""
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
-        if isinstance(values, dict) and values:
+        if values and not isinstance(values, dict):
+            return str(values)
+        if values:
             bits = ", 8 bits" if values.get("load_in_8bit") else ", 4 bits" if values.get("load_in_4bit") else ""
             return f"{values.get('quant_method') or values.get('quant_type') or 'a method that it does not name'}{bits}"
-    parts = (_method_of(part) for key, part in config.items() if isinstance(part, dict) and key.endswith("_config"))
+    parts = (_method_of(part) for part in config.values() if isinstance(part, dict))
     return next(filter(None, parts), None)
 
 
@@ -71,21 +92,31 @@ def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
 
     weights: the files that the model was read from, which are not counted as left out.
 
-    Hidden files stay behind. In a subfolder that a modules.json lists, a part of a sentence-transformers model, weights
-    go along; in any other they are the same model in another form.
+    Hidden files stay behind; links become what they point to. In a subfolder that a modules.json lists, a part of a
+    sentence-transformers model, weights go along; in any other they are the same model in another form.
     """
     parts = _listed_modules(source)
     left_out = []
-    for path in sorted(source.rglob("*")):
+    for path in _all_in(source):
         inside = path.relative_to(source)
-        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
-            continue
-        if inside.parent.as_posix() not in parts and matches(path.name, NOT_COPIED):
-            left_out += [] if inside.as_posix() in weights else [inside.as_posix()]
-            continue
-        (target / inside.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / inside)
+        if path.is_dir():
+            (target / inside).mkdir()
+        elif path.is_file() and (inside.parent.as_posix() in parts or not matches(path.name, NOT_COPIED)):
+            shutil.copyfile(path, target / inside)
+        elif inside.as_posix() not in weights:
+            left_out.append(inside.as_posix())
     return left_out
+
+
+def _all_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """What is in a folder and in the folders there, each folder before its content, links followed but not upwards."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        yield path
+        if path.is_dir() and not any(outer.is_relative_to(path.resolve()) for outer in above):
+            yield from _all_in(path, above)
 
 
 def _listed_modules(source: Path) -> set[str]:

@@ -39,6 +39,8 @@ class How:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
+        if how.device == "meta":
+            raise ValueError("device 'meta' holds no values")
         how.sample()
         return how
 

@@ -128,6 +128,8 @@ def _check_beginning(file, name: str) -> None:
     for known, what in BEGINNINGS.items():
         if beginning.lstrip().lower().startswith(known.lower()):
             raise ValueError(f"{name} is not a safetensors file but {what}")
+    if beginning[:8].isascii() and beginning[8:9] not in (b"{", b""):
+        raise ValueError(f"{name} is not a safetensors file: it begins with {beginning[:16]!r}")
 
 
 def _parse_header(raw: bytes, name: str) -> dict:

@@ -14,6 +14,7 @@ from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.files import opened
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile
 from nf4lab.choice import matches
+from nf4lab.commands.shown import shown
 from nf4lab.progress import progress_bar
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
@@ -94,7 +95,7 @@ def _matrices(chosen: dict[str, TensorFile], most: int | None, zeros: list[str],
     """Each matrix that is not all zeros, thinned to about `most` weights; the names of the others go to `zeros`."""
     for name, file in chosen.items():
         matrix = _thinned(file.read(name), most)
-        bar.set_postfix_str(name, refresh=False)
+        bar.set_postfix_str(shown(name), refresh=False)
         if matrix.any():
             yield name, matrix
         else:
@@ -125,16 +126,16 @@ def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
     from rich.table import Table
 
     best = league.best_at(table)
-    shown = Table("format", "constants", header_style="bold", box=None, pad_edge=False)
+    standings = Table("format", "constants", header_style="bold", box=None, pad_edge=False)
     for column in (*(f"{budget:g} bits" for budget in best), "won"):
-        shown.add_column(column, justify="right")
+        standings.add_column(column, justify="right")
     for (name, storage), row in table.items():
         cells = [_cell(row[budget][0], best[budget]) if budget in row else "–" for budget in best]
-        shown.add_row(name, storage, *cells, str(sum(wins for _, wins in row.values())))
+        standings.add_row(name, storage, *cells, str(sum(wins for _, wins in row.values())))
     weights = {score.tensor: score.numel for score in scores}
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=10_000)
-    console.print(shown)
+    console.print(standings)
     console.print(
         f"SQNR in dB, the mean over {len(weights)} matrices with {sum(weights.values()):,} weights. * is the best at "
         "its budget.\nwon: how often the least squared error was this one's, over matrices and budgets. "
@@ -142,7 +143,7 @@ def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
         soft_wrap=True,
     )
     if zeros:
-        console.print(f"left out, all zeros: {', '.join(zeros)}", markup=False, soft_wrap=True)
+        console.print(shown(f"left out, all zeros: {', '.join(zeros)}"), markup=False, soft_wrap=True)
 
 
 def _print_json(table: dict, scores: list[league.Score], zeros: list[str]) -> None:

@@ -7,6 +7,7 @@ import math
 from nf4lab.checkpoints.files import opened, stored_tensors
 from nf4lab.checkpoints.keys import STATES, describe
 from nf4lab.checkpoints.tensorfile import TensorFile
+from nf4lab.commands.shown import shown
 
 COLUMNS = ("tensor", "stored as", "shape", "bits", "bytes")
 
@@ -47,7 +48,7 @@ def _print(rows: list, elements: int, nbytes: int) -> None:
     for column in table.columns[3:]:
         column.justify = "right"
     for name, kind, shape, n in rows:
-        table.add_row(name, kind, " x ".join(map(str, shape)), _written(_bits(n, shape)), f"{n:,}")
+        table.add_row(shown(name), kind, " x ".join(map(str, shape)), _written(_bits(n, shape)), f"{n:,}")
     table.add_section()
     table.add_row(f"{len(rows)} tensors", "", f"{elements:,}", _written(_bits(nbytes, [elements])), f"{nbytes:,}")
     # A terminal's width is kept; a pipe gets lines as long as they are.

@@ -8,6 +8,7 @@ from pathlib import Path
 from nf4lab.blockwise import BLOCK_SIZES
 from nf4lab.checkpoints.convert import quantize_checkpoint
 from nf4lab.checkpoints.partial import leftovers, remove
+from nf4lab.commands.shown import shown
 from nf4lab.formats import FORMATS
 
 
@@ -113,6 +114,6 @@ def _print_the_rest(counts: dict) -> None:
     for reason, n in Counter(counts["kept"].values()).items():
         names = [name for name, why in counts["kept"].items() if why == reason]
         more = f" and {n - 3} more" if n > 3 else ""
-        print(f"  {reason}: {', '.join(names[:3])}{more}", file=sys.stderr)
+        print(shown(f"  {reason}: {', '.join(names[:3])}{more}"), file=sys.stderr)
     if counts["left_out"]:
-        print(f"not copied: {', '.join(counts['left_out'])}", file=sys.stderr)
+        print(shown(f"not copied: {', '.join(counts['left_out'])}"), file=sys.stderr)
