@@ -91,7 +91,10 @@ def check_backward(function: type, seed: int) -> None:
 
 
 def _close_in(dtype: torch.dtype) -> Callable:
-    """feedback.close with the rounding of the results: bfloat16 has 8 bits, so half a step is 2**-9 of a result."""
+    """feedback.close within what another order of adding may change.
+
+    A number in bfloat16 has 8 bits, so its step is up to 2**-7 of it, and sums that differ little round to neighbours.
+    """
     tolerance = FLOAT32 if dtype == torch.float32 else 2**-7
     return lambda got, expected, what, causes: feedback.close(got, expected, what, tolerance, causes)
 
