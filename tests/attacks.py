@@ -1,6 +1,7 @@
 """What an attacker's notebook does, in cells that go before a solved one. Targets are this machine's own processes.
 
-FORGERIES want points for answers that they do not have: each replaces all six of lab 1.
+FORGERIES want points for answers that they do not have: each replaces all six of lab 1. KINDS sorts all attacks, those
+of lab_submissions.hostile among them, as the table in labs/README.md does.
 """
 
 import nbformat
@@ -214,6 +215,17 @@ def nearest(w, levels): return None
 def best_tail(w, tails): return None
 """,
 }  # fmt: skip
+NOT_STOPPED = {
+    "asks another Python through C": """
+import ctypes, nf4lab, os, sys, torch
+def other(text):
+    path = os.path.dirname(os.path.dirname(nf4lab.__file__))
+    program = f"import sys; sys.path.insert(0, '{path}'); import nf4lab; print(*({text}).tolist())"
+    ctypes.CDLL(None).system(f'{sys.executable} -c "{program}" > told'.encode())
+    return torch.tensor([float(number) for number in open("told").read().split()])
+def equal_shares(n): return other(f"nf4lab.codebooks.quantile_midpoints({n})")
+""",
+}  # what earns points all the same, and is told of
 LOOKS_AROUND = """
 import gc, sys, types
 gc.unfreeze()
@@ -336,3 +348,36 @@ def tampered_tracer() -> nbformat.NotebookNode:
     body = notebook.cells[at].source.replace("    if i < packed.size:", "    tamper()\n    if i < packed.size:", 1)
     notebook.cells[at : at + 1] = [new_code_cell(TAMPERS), new_code_cell(body)]
     return notebook
+
+
+KINDS = {
+    "replaces what compares": (
+        "replaces otter's test case", "replaces a check's code", "replaces the encoder",
+        "replaces feedback from a called function", "patches the checks",
+    ),
+    "hands over what is no answer": (
+        "equal to everything", "answers with a view of a number that has a trillion elements",
+        "answers with a list a hundred thousand deep", "answers with what runs when it is unpickled",
+    ),
+    "speaks in the grader's name": (
+        "writes a transcript", "states what the supervisor would", "forges", "asks the grader for them",
+        "answers in a child that outlives its parent",
+    ),
+    "has the package answer": (
+        "forwards to the package", "forwards from another thread", "forwards to the labs' own answers",
+        "keeps what other questions are lent", "asks another Python for the package's answers",
+        "asks another Python through C", "asks a child that C has forked before the package was closed",
+    ),
+    "looks for checks, seed or expected values": (
+        "LOOKS_AROUND", "reads tests", "takes the expected from the callers' frames",
+        "takes the expected from the garbage collector",
+    ),
+    "looks at the host, or writes there": ("looks_for_host", "writes outside", "network"),
+    "leaves something for another submission": ("LEAVES_BEHIND", "FINDS_WHAT_WAS_LEFT"),
+    "takes more than its share": (
+        "FILLS", "STUBBORN_FUNCTION", "endless and stubborn", "memory", "fork bomb", "prints",
+    ),
+    "changes what measures a kernel": ("tampered_tracer",),
+    "writes what breaks a table or a page": ("=formula()", "html", "bad error", "deep"),
+    "ends its process": ("leaves",),
+}  # fmt: skip

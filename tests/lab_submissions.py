@@ -166,6 +166,12 @@ raise Bad
 HTML = "raise ValueError('<script>alert(1)</script>')"
 
 
+MISHAPS = {  # of the submissions below: what happens without any intent
+    "endless cell", "endless function", "syntax error", "missing cell", "stripped", "duplicated", "renamed", "not json",
+    "not a notebook", "empty", "exits", "asks", "shell",
+}  # fmt: skip
+
+
 def hostile(lab: str, target: Path, port: int) -> dict[str, tuple[bytes, float, str, str]]:
     """Submissions of every bad kind: file, points that it should get, pattern of the outcome and of the notes."""
     full = 20

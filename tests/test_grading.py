@@ -1,5 +1,6 @@
 """Grading: right, wrong and hostile submissions, each in processes of its own; nothing lost, nothing hung."""
 
+import ast
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import attacks
 import grade
@@ -274,6 +276,29 @@ def test_what_comes_back_is_plain_data_and_a_forger_gains_nothing(job):
     rows = list(grade.grade_here(files, job, 2))
     wrong = [(row["student"], row["score"], row["outcome"]) for row in rows if row["score"] > 0]
     assert not wrong
+
+
+def test_what_is_not_stopped_is_told(job):
+    patient = replace(job, limits=replace(LIMITS, seconds=120, question_seconds=20))
+    for name, text in attacks.NOT_STOPPED.items():
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)])
+        row = judge.grade_one(name, as_bytes(notebook), patient)
+        assert row["score"] > 0 and "uses ctypes: read the notebook" in row["notes"], row
+
+
+def test_the_guide_has_every_kind_of_attack_and_the_tests_have_each_attack_of_a_kind(tmp_path):
+    guide = (ROOT / "labs" / "README.md").read_text()
+    table = guide.partition("| kind of attack |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| (\w.*?) \|", table, re.MULTILINE) == list(attacks.KINDS)
+    named = [name for names in attacks.KINDS.values() for name in names]
+    alone = {name for name in named if name in vars(attacks)}
+    hostile = set(lab_submissions.hostile("lab1", tmp_path, 1)) - lab_submissions.MISHAPS
+    assert sorted(named) == sorted({*attacks.FORGERIES, *attacks.NOT_STOPPED, *alone, *hostile})
+    tree = ast.parse(Path(attacks.__file__).read_text()).body
+    texts = [node for node in tree if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    own = {node.name for node in tree if isinstance(node, ast.FunctionDef)} | {node.targets[0].id for node in texts}
+    assert alone == own - {"NO_ANSWERS", "TAMPERS"}  # parts of others
+    assert not [name for name in alone if f"attacks.{name}" not in Path(__file__).read_text()]
 
 
 def test_kernels_and_gradients_that_are_told_in_a_forged_way_are_flagged(tmp_path):

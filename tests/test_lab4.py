@@ -7,6 +7,8 @@ import masters
 import pytest
 from lab_submissions import changed, solved
 
+from nf4lab.labs import lab4
+
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
 def test_the_kernels_compile_for_gpus_and_stay_in_float32(capability):
@@ -25,6 +27,15 @@ def test_one_over_absmax_is_a_float64_on_a_gpu_as_the_lab_says():
 def test_a_wrong_code_of_costs_nothing_in_the_questions_that_call_it():
     env = masters.run(changed("lab4", "q8", {"s > boundaries[b]": "s < boundaries[b]"}))
     assert masters.outcome("lab4", env, ["q8", "q9", "q10"])[0] == masters.possible("lab4", ["q9", "q10"])
+
+
+def test_the_last_kernel_of_chapter_16_leaves_words_free_as_the_lab_says():
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda")
+    from nf4lab.kernels.cuda import few_rows
+
+    words = few_rows.SEGMENT // 8
+    assert words < few_rows.PITCH
+    lab4.check_place(lambda row, word, width: row * few_rows.PITCH + word, (8, words))
 
 
 def compiler():

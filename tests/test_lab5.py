@@ -26,3 +26,12 @@ def test_the_log_differs_by_seed_and_batches_keep_the_order():
     data = lab5.batches(Letters(), text, rows=3, length=9)
     assert data.shape[1:] == (3, 10) and "".join(map(chr, data.flatten().tolist())) == text[: data.numel()]
     assert data.dtype == torch.int64
+
+
+def test_in_bfloat16_the_next_number_passes_and_the_one_after_it_does_not():
+    compare, one = lab5._close_in(torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
+    step = torch.finfo(torch.bfloat16).eps
+    assert step == 2**-7
+    compare(one + step, one, "y", {})
+    with pytest.raises(lab5.feedback.Mistake, match=r"expected 1, got 1\.015625"):
+        compare(one + 2 * step, one, "y", {})

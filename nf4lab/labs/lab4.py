@@ -402,6 +402,90 @@ def _compare_codes(compared: feedback.Cases, packed, expected: np.ndarray, x: np
     compared.same(got, right, what, causes)
 
 
+# A layout for shared memory (question 11)
+
+
+def check_place(place: Callable, *tiles: tuple[int, int]) -> None:
+    """Where a tile's words lie: none in another's place, and neither a warp's write nor its read takes two turns.
+
+    tiles: (rows, width) of each, multiples of 8 and of 32. A write is 32 neighbouring words of a row, a read the
+    fragment that begins at a multiple of 8 rows and 4 words.
+    """
+    tables = {tile: _table(place, *tile) for tile in tiles}
+    causes = tuple(cause for cause, wrong in MISPLACED.items() if all(_is_placed(t, wrong) for t in tables.values()))
+    for (rows, width), table in tables.items():
+        _check_room(table, rows * (width + 4), width, causes)
+        _check_distinct(table, width, causes)
+        for row in range(rows):
+            for word in range(0, width, 32):
+                what = f"writing words {word} to {word + 31} of row {row}, in a tile {width} words wide,"
+                _check_one_turn(table[row, word : word + 32], what, causes)
+        for row in range(0, rows, 8):
+            for word in range(0, width, 4):
+                what = f"reading words {word} to {word + 3} of rows {row} to {row + 7}, in a tile {width} words wide,"
+                _check_one_turn(table[row : row + 8, word : word + 4], what, causes)
+
+
+MISPLACED = {  # cause -> where it puts the words of row (rows, 1), word (1, width): int64 (rows, width)
+    "with the rows one behind the other, all of them begin in the same bank": (
+        lambda row, word, rows, width: row * width + word
+    ),
+    "one word left free moves the next row by one bank, and a fragment takes four words of each row": (
+        lambda row, word, rows, width: row * (width + 1) + word
+    ),
+    "with the columns one behind the other, the words of a row lie far apart, and they are written together": (
+        lambda row, word, rows, width: word * rows + row
+    ),
+    "^ row exchanges single words, and a fragment takes four words of each row": (
+        lambda row, word, rows, width: row * width + (word ^ row)
+    ),
+    "a place is the number of a word, not of a byte": lambda row, word, rows, width: 4 * (row * (width + 4) + word),
+}  # fmt: skip
+
+
+def _table(place: Callable, rows: int, width: int) -> np.ndarray:
+    """What place gives for each word of a tile: int64 (rows, width), from 0 on."""
+    found = feedback.plain(feedback.beside(run_kernels.places, place, rows, width))
+    feedback.that(list(map(len, found)) == [width] * rows, "not every word has been asked for")
+    for row, word in np.ndindex(rows, width):
+        value, what = found[row][word], f"place({row}, {word}, {width})"
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        feedback.that(whole, f"{what}: expected a whole number, got {feedback.describe(value)}")
+        feedback.that(0 <= value < 2**31, f"{what} is {value}: places count from 0, and end with the array")
+    return np.array(found, np.int64)
+
+
+def _is_placed(table: np.ndarray, wrong: Callable) -> bool:
+    rows, width = table.shape
+    return np.array_equal(table, wrong(np.arange(rows)[:, None], np.arange(width), rows, width))
+
+
+def _check_room(table: np.ndarray, room: int, width: int, causes: tuple) -> None:
+    beyond = np.argwhere(table >= room)
+    if len(beyond):
+        row, word = beyond[0].tolist()
+        text = f"place({row}, {word}, {width}) is {table[row, word]}; a tile of {len(table)} rows has 0 to {room - 1}"
+        raise feedback.Mistake(text, causes)
+
+
+def _check_distinct(table: np.ndarray, width: int, causes: tuple) -> None:
+    places, counts = np.unique(table, return_counts=True)
+    if (counts > 1).any():
+        taken = places[counts > 1][0]
+        (row, word), (row_2, word_2) = np.argwhere(table == taken)[:2].tolist()
+        text = f"place({row}, {word}, {width}) and place({row_2}, {word_2}, {width}) are both {taken}"
+        raise feedback.Mistake(f"{text}: one word would overwrite the other", causes)
+
+
+def _check_one_turn(places: np.ndarray, what: str, causes: tuple) -> None:
+    """Different words of one bank are answered one after the other."""
+    banks = places.reshape(-1) % 32
+    counts = np.bincount(banks, minlength=32)
+    asked = places.reshape(-1)[banks == counts.argmax()]
+    text = f"{what} takes {counts.max()} turns: bank {counts.argmax()} is asked for the places {_listed(asked)}"
+    feedback.that(counts.max() == 1, text, *causes)
+
+
 # What all of them share
 
 

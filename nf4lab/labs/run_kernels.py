@@ -71,6 +71,11 @@ def called(function: Callable, arguments: list, sources: dict[str, str]):
         return call(function, *arguments)
 
 
+def places(place: Callable, rows: int, width: int) -> list[list]:
+    """What place(row, word, width) returns for each word of a tile, row by row."""
+    return [[call(place, row, word, width) for word in range(width)] for row in range(rows)]
+
+
 @contextlib.contextmanager
 def _prepared(function: Callable, sources: dict[str, str] | None):
     """Torch's usual state, and the functions of these sources in place of the student's own."""

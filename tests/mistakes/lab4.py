@@ -86,6 +86,16 @@ OF_ONE_QUESTION = [
         8,
         "race.*packed|packed.*written by",
     ),
+    ("rows without a gap", "q11", "(width + 4)", "width", 4, "begin in the same bank"),
+    ("one word free", "q11", "(width + 4)", "(width + 1)", 4, "moves the next row by one bank"),
+    ("two words free", "q11", "(width + 4)", "(width + 2)", 4, "rows 0 to 7, in a tile .* takes 2 turns: bank 2 is"),
+    ("too much free", "q11", "(width + 4)", "(width + 12)", 4, r"a tile of \d+ rows has 0 to \d+"),
+    ("one width only", "q11", "(width + 4)", "36", 3, "one word would overwrite the other"),
+    ("single words exchanged", "q11", "(width + 4) + word", "width + (word ^ row)", 4, "exchanges single words"),
+    ("columns first", "q11", "row * (width + 4) + word", "8 * word + row", 4, "columns one behind|overwrite the other"),
+    ("bytes", "q11", "row * (width + 4) + word", "4 * (row * (width + 4) + word)", 4, "a word, not of a byte"),
+    ("below zero", "q11", "+ word", "- word", 4, "places count from 0"),
+    ("a quotient", "q11", "+ word", "+ word / 2", 4, "expected a whole number, got 0.5"),
 ]
 
 
