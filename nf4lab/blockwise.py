@@ -187,12 +187,13 @@ def quantize(
         raise ValueError(f"format {format.name!r} has constants of one byte already; double_quant must be False")
     flat = x.detach().reshape(-1)
     n = flat.numel()
-    backend = backends.choose(backend, x.device, x.dtype, n, format)
-    quantize_flat = backends.QUANTIZE[backend]
+    chosen = backends.choose(backend, x.device, x.dtype, n, format)
+    quantize_flat = backends.QUANTIZE[chosen]
     if hessian is not None:
         hessian = feedback.check_hessian(hessian, x)
     if hessian is not None and n:
-        quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian, by_kernel=backend == "cpu")
+        kernel = feedback.kernel_for(backend, chosen, x.device, format)
+        quantize_flat = functools.partial(feedback.quantize, shape=x.shape, hessian=hessian, kernel=kernel)
     quantized = quantize_flat(flat if n else flat.new_zeros(2), format, block_size)
     if quantized is None:
         raise ValueError(_describe_non_finite(x))

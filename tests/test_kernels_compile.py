@@ -20,6 +20,7 @@ from numba import types
 
 from nf4lab.kernels.cuda import (
     dequantize_kernels,
+    feedback_kernels,
     few_rows,
     gemm_kernels,
     gemv_kernels,
@@ -47,6 +48,10 @@ def quantize_types(x):
 
 def gemv_types(x, numbers=7):
     return x, BYTE, FLOAT, BYTE, FLOAT, FLOAT, FLOAT, FLOAT, x, x, *[NUMBER] * numbers
+
+
+def hadamard_types(x):
+    return x, FLOAT, x, *[NUMBER] * 5
 
 
 def ptx_and_local_bytes(kernel, signature, capability, **options):
@@ -88,6 +93,14 @@ def test_kernels_in_use_access_16_bytes_without_float64_or_spills(name, kernel, 
     assert re.search(wide, ptx)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("x", [HALF, BFLOAT, FLOAT], ids=["float16", "bfloat16", "float32"])
+def test_the_hadamard_transform_keeps_eight_values_in_registers(x, capability):
+    ptx, local_bytes = ptx_and_local_bytes(hadamard_kernels.v2, hadamard_types(x), capability, max_registers=64)
+    assert_lean(ptx, local_bytes)
+    assert re.search(r"ld\.global(\.nc)?\.v4", ptx)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("x", [HALF, BFLOAT], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("fragments", gemv_kernels.TENSOR_CORES)
@@ -125,7 +138,8 @@ TEACHING = {
     **{f"dequantize {v}": (kernel, dequantize_types(BFLOAT)) for v, kernel in dequantize_kernels.VERSIONS.items()},
     **{f"quantize {v}": (kernel, quantize_types(BFLOAT)) for v, kernel in quantize_kernels.VERSIONS.items()},
     "gemv v1": (gemv_kernels.v1, gemv_types(BFLOAT)),
-    "hadamard": (hadamard_kernels.butterflies, (FLOAT, NUMBER)),
+    "hadamard v1": (hadamard_kernels.v1, hadamard_types(BFLOAT)),
+    "feedback": (feedback_kernels.encode, (*[FLOAT] * 3, BYTE, *[FLOAT] * 3, BYTE, FLOAT, *[NUMBER] * 4)),
 }
 
 

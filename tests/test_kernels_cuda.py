@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nf4lab
+from nf4lab.backends import feedback
+from nf4lab.beyond.rotation import random_signs, rotate, unrotate
 from nf4lab.kernels import cuda
 from nf4lab.kernels.cuda import dequantize_kernels, hadamard_kernels, quantize_kernels
 from nf4lab.kernels.cuda.launch import SIMULATOR
@@ -565,10 +567,87 @@ def test_the_public_face_refuses_what_is_not_finite_and_formats_without_absmax()
     assert nf4lab.quantize(x[:1], "uniform").packed.device.type == "cuda"
 
 
-@pytest.mark.parametrize("width", [1, 2, 64, 512])
-def test_the_hadamard_butterflies_equal_whole_stages_in_torch(width):
-    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    expected = rows.clone()
+HADAMARD_WIDTHS = [("v1", 1), ("v1", 2), ("v1", 64), ("v2", 8), ("v2", 16), ("v2", 32), ("v2", 64), ("v2", 512)]
+HADAMARD_WIDTHS += [] if SIMULATOR else [("v1", 8192), ("v2", 1024), ("v2", 2048), ("v2", 4096), ("v2", 8192)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("version", "width"), HADAMARD_WIDTHS)
+def test_every_version_of_the_hadamard_transform_gives_the_bits_of_whole_stages_in_torch(version, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2 * width, generator=generator).to(dtype)  # two pieces a row, each with its own signs
+    signs = torch.randint(2, (2 * width,), generator=generator).float() * 2 - 1
+    for factor, signed, after in ((1.0, False, False), (width**-0.5, True, False), (0.75, True, True)):
+        rows = (x.float() * signs if signed and not after else x.float().clone()).view(-1, width)
+        by_halves(rows)
+        expected = (rows.view(x.shape) * factor).to(dtype)
+        expected = expected * signs.to(dtype) if signed and after else expected
+        out, there = torch.empty_like(x, device=DEVICE), signs.to(DEVICE) if signed else None
+        how = {"signs": there, "after": after, "factor": factor, "version": version}
+        hadamard_kernels.transform(x.to(DEVICE), out, width, **how)
+        assert torch.equal(out.cpu(), expected)
+
+
+def test_a_hadamard_transform_in_place_and_one_of_rows_that_lie_anywhere():
+    x = torch.randn(3 * 64 + 1, generator=torch.Generator().manual_seed(0)).to(DEVICE)[1:].view(3, 64)
+    expected = x.clone()
     by_halves(expected)
-    hadamard_kernels.butterflies_(rows)
-    assert torch.equal(rows, expected)
+    hadamard_kernels.transform(x, x, 64)
+    assert torch.equal(x, expected)
+    hadamard_kernels.transform(x[:0], x[:0], 64)  # nothing to launch
+
+
+def test_shared_memory_of_the_hadamard_transform_is_a_permutation_without_conflicts_of_banks():
+    bank_free = hadamard_kernels.bank_free if SIMULATOR else hadamard_kernels.bank_free.py_func
+    places = [int(bank_free(i)) for i in range(1024)]
+    assert sorted(places) == list(range(1024))
+    for apart in (1, 8, 64):  # what the 32 threads of a warp ask for at once: value k of the eight that each holds
+        for k in range(8):
+            asked = [((t & ~(apart - 1)) << 3) + (t & (apart - 1)) + k * apart for t in range(32)]
+            assert len({places[i] % 32 for i in asked}) == 32
+
+
+FEEDBACK_FORMATS = ["nf4", "fp4", "int4", "uniform", "bof4-s", "mxfp4", "nvfp4", "q4_0", "iq4_nl"]
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("name", FEEDBACK_FORMATS)
+def test_error_feedback_gives_the_references_bits(name, width):
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(7, width, generator=generator)
+    block[3], block[5] = 0, block[5] * 1e-42  # a row of zeros, and one whose scale has no reciprocal
+    block[6, ::3] = -0.0
+    x = torch.randn(1000, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    factor, format = feedback.feedback_factor(x.T @ x), nf4lab.FORMATS[name]
+    block, factor = block.to(DEVICE), factor.to(DEVICE)
+    constants = feedback.Constants.of(block, format, format.scale_of_tensor(block))
+    ours, theirs = (
+        encode(block, factor, format, constants) for encode in (feedback._encode_on_a_gpu, feedback._encode)
+    )
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1].view(torch.int32), theirs[1].view(torch.int32))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", FEEDBACK_FORMATS)
+def test_the_public_face_takes_the_feedback_kernel_where_the_reference_gives_the_same_bits(name):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
+    w, hessian = torch.randn(41, 256, generator=generator).cuda(), (x.T @ x).cuda()
+    by_kernel = nf4lab.quantize(w, name, 64, hessian=hessian)
+    in_torch = nf4lab.quantize(w, name, 64, hessian=hessian, backend="torch")
+    assert torch.equal(by_kernel.packed, in_torch.packed) and torch.equal(by_kernel.scale, in_torch.scale)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 64, 1536, 4096, 16384])
+def test_rotations_on_a_gpu_are_those_of_the_cpu(n, dtype):
+    x, signs = torch.randn(3, n, generator=torch.Generator().manual_seed(0)).to(dtype), random_signs(n)
+    for turn in (rotate, unrotate):
+        here, there = turn(x, signs), turn(x.cuda(), signs.cuda()).cpu()
+        if n == 1536:  # the twelve pieces are multiplied by a matrix, whose sums each device orders in its own way
+            # half a step of the dtype each way, and float32's roundings of sums of 12
+            assert torch.allclose(here.float(), there.float(), rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
+        else:
+            assert torch.equal(here, there)

@@ -70,6 +70,14 @@ def test_the_gradient_is_the_inverse_transform():
     assert torch.autograd.gradgradcheck(hadamard, x)
 
 
+@pytest.mark.parametrize("turn", [rotate, unrotate])
+@pytest.mark.parametrize("n", [8, 24])
+def test_the_gradient_of_a_rotation_is_the_rotation_back(n, turn):
+    x, signs = torch.randn(2, n, dtype=torch.float64, requires_grad=True), random_signs(n)
+    assert torch.autograd.gradcheck(lambda x: turn(x, signs), x)
+    assert torch.autograd.gradgradcheck(lambda x: turn(x, signs), x)
+
+
 def test_the_input_is_left_as_it_was():
     x = torch.randn(4, 64)
     before = x.clone()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nf4lab.backends import cpu
+from nf4lab.backends import cpu, cuda
 from nf4lab.formats.format import Format
 from nf4lab.formats.packing import pack_checked
 
@@ -64,13 +64,23 @@ def feedback_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
 
 
+def kernel_for(asked: str | None, chosen: str, device: torch.device, format: Format) -> str | None:
+    """Which kernel goes through a block of columns, "cpu", "cuda" or None: that of the chosen backend.
+
+    The one for a GPU serves every format of up to 4 bits, also where those of plain rounding leave it to torch.
+    """
+    if asked is None and device.type == "cuda" and cpu.takes(format) and not cuda.missing():
+        return "cuda"
+    return None if chosen == "torch" else chosen
+
+
 def quantize(
-    flat: Tensor, format: Format, block_size: int, *, shape: torch.Size, hessian: Tensor, by_kernel: bool = False
+    flat: Tensor, format: Format, block_size: int, *, shape: torch.Size, hessian: Tensor, kernel: str | None = None
 ) -> tuple[Tensor, ...] | None:
     """What `reference.quantize` gives for flat (out * in,), with error feedback within each row of w (out, in) = shape.
 
-    Damping is that of GPTQ. by_kernel: whether numba goes through each block of columns, for a format that
-    `backends.cpu` takes; the bits are the same. hessian: one that `check_hessian` has passed.
+    Damping is that of GPTQ. kernel: "cpu" or "cuda" where numba goes through each block of columns, for a format whose
+    codes have up to 4 bits; the bits are the same. hessian: one that `check_hessian` has passed.
     Raises ValueError as `feedback_factor` and `Format.check_scale`, and where block_size does not divide the columns: a
     block that crosses rows has no order in which to correct it.
     """
@@ -82,12 +92,13 @@ def quantize(
         raise ValueError(f"with a hessian, block_size must divide the {columns} columns; got {block_size}")
     factor, tensor_scale = feedback_factor(hessian), format.scale_of_tensor(flat)
     codes, kept = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
-    encode = _encode_by_kernel if by_kernel else _encode
-    search = functools.partial(cpu.search, format=format, block_size=block_size) if by_kernel else None
+    encode = {None: _encode, "cpu": _encode_on_the_cpu, "cuda": _encode_on_a_gpu}[kernel]
+    search = functools.partial(cpu.search, format=format, block_size=block_size) if kernel == "cpu" else None
     for start in range(0, columns, block_size):
         here, rest = slice(start, start + block_size), slice(start + block_size, columns)
-        constants = Constants.of(left[:, here].contiguous(), format, tensor_scale, search)
-        error = encode(left[:, here], factor[here, here].contiguous(), format, constants, codes[:, here])
+        block = left[:, here].contiguous()
+        constants = Constants.of(block, format, tensor_scale, search)
+        codes[:, here], error = encode(block, factor[here, here].contiguous(), format, constants)
         left[:, rest] -= error @ factor[here, rest]
         kept.append(constants.stored)
     scale, location = (
@@ -121,29 +132,45 @@ class Constants(NamedTuple):
         return cls((stored, stored_location), (scale, location), (reading, stored_location))
 
 
-def _encode(block: Tensor, factor: Tensor, format: Format, constants: Constants, codes: Tensor) -> Tensor:
-    """Codes of block (rows, block_size) into codes; returns the errors over U_jj, of the same shape."""
+def _encode(block: Tensor, factor: Tensor, format: Format, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Codes of block (rows, block_size), and the errors over U_jj, of the same shape."""
     block = block.T.contiguous()  # a column of w is a row here
-    errors = torch.empty_like(block)
+    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     for j, column in enumerate(block):
-        codes[:, j : j + 1] = format.codes_of(column[:, None], *constants.making)
-        value = format.decode(codes[:, j : j + 1], *constants.reading)[:, 0]
-        errors[j] = (column - value) / factor[j, j]
+        code = format.codes_of(column[:, None], *constants.making)
+        value = format.decode(code, *constants.reading)[:, 0]
+        codes[j], errors[j] = code[:, 0], (column - value) / factor[j, j]
         block[j + 1 :] -= factor[j, j + 1 :, None] * errors[j]
-    return errors.T.contiguous()
+    return codes.T, errors.T.contiguous()
 
 
-def _encode_by_kernel(block: Tensor, factor: Tensor, format: Format, constants: Constants, codes: Tensor) -> Tensor:
+def _encode_on_the_cpu(block: Tensor, factor: Tensor, format: Format, constants: Constants) -> tuple[Tensor, Tensor]:
     """`_encode` by numba."""
     from nf4lab.kernels import feedback
 
-    # What is not shifted is shifted by zeros that change no bit, not even that of -0.0: x - 0.0 and x + -0.0.
-    pairs = [
-        torch.stack([scale, torch.full_like(scale, zero) if location is None else location]).numpy()
+    codes = torch.empty_like(block, dtype=torch.uint8)
+    pairs = [pair.numpy() for pair in _with_zeros(constants)]
+    arrays = block.numpy(), factor.numpy(), _table(format), *pairs, codes.numpy()
+    return codes, torch.from_numpy(feedback.encode_block(*arrays, torch.get_num_threads()))
+
+
+def _encode_on_a_gpu(block: Tensor, factor: Tensor, format: Format, constants: Constants) -> tuple[Tensor, Tensor]:
+    """`_encode` by numba.cuda."""
+    from nf4lab.kernels.cuda import feedback_kernels
+
+    pairs = _with_zeros(constants)
+    return feedback_kernels.encode_block(block, factor, format.tables(block.device), *pairs, format.signed_zero)
+
+
+def _with_zeros(constants: Constants) -> list[Tensor]:
+    """Scale and location of each row as one tensor (2, rows), with which codes are made, and read.
+
+    What is not shifted is shifted by zeros that change no bit, not even that of -0.0: x - 0.0 and x + -0.0.
+    """
+    return [
+        torch.stack([scale, torch.full_like(scale, zero) if location is None else location])
         for (scale, location), zero in ((constants.making, 0.0), (constants.reading, -0.0))
     ]
-    arrays = block.numpy(), factor.numpy(), _table(format), *pairs, codes.numpy()
-    return torch.from_numpy(feedback.encode_block(*arrays, torch.get_num_threads()))
 
 
 @functools.lru_cache(maxsize=64)
