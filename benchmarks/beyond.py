@@ -2,11 +2,14 @@
 
     python benchmarks/beyond.py [--only encoder | "language model" | seconds]      ten minutes of one core
     python benchmarks/beyond.py --table
+    python benchmarks/beyond.py --device cuda                                      under a minute of one GPU
 
 writes nf4lab/models/records/beyond.json, and prints the tables of book/which-one-today.md from it, as `nf4lab.league`
-reads them. All at blocks of 64 and 4.5 bits per weight; what a method stores beside is counted. Each method twice, in
-ways that are as good as one another: rotations with another seed, everything else with columns moved on by half a
-block, so that every block has other neighbours. What the two differ by is noise.
+reads them. On a GPU it measures what beyond_gpu.py lists, and writes results/<device>-beyond.json.
+
+All at blocks of 64 and 4.5 bits per weight; what a method stores beside is counted. Each method twice, in ways that are
+as good as one another: rotations with another seed, everything else with columns moved on by half a block, so that
+every block has other neighbours. What the two differ by is noise.
 
 encoder         all-MiniLM-L6-v2, calibrated on pages of the manual of Flask; its sentences are judged as in outputs.py,
                 its layers' outputs on pages of other manuals
@@ -17,11 +20,12 @@ seconds         what feedback costs a layer of 4096 x 4096, with one and with tw
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
+import beyond_gpu
 import torch
-from outputs import encoder, language_model
 from provenance import provenance
 
 import nf4lab
@@ -30,6 +34,7 @@ from nf4lab.backends.feedback import feedback_factor
 from nf4lab.beyond.learning import learn_format, learn_rows
 from nf4lab.beyond.rotation import random_signs, rotate, unrotate
 from nf4lab.beyond.scaling import activation_scales
+from nf4lab.kernels import cuda
 
 RECORD = Path(models.__file__).parent / "records" / "beyond.json"  # with the package: pages read it anywhere
 BLOCK = 64
@@ -154,26 +159,52 @@ def table(record: dict, name: str) -> list[str]:
     return [f"| {' | '.join(method.row)} |" for method in league.methods(name, record).values()]
 
 
+def measure_model(name: str) -> dict:
+    import outputs  # which needs transformers and sentence-transformers, as nothing else here does
+
+    return measure(name, *{"encoder": outputs.encoder, "language model": outputs.language_model}[name]())
+
+
 PARTS = {
-    "encoder": lambda: measure("encoder", *encoder()),
-    "language model": lambda: measure("language model", *language_model()),
+    "encoder": lambda: measure_model("encoder"),
+    "language model": lambda: measure_model("language model"),
     "seconds": seconds_of_a_layer,
 }
 
 
+def measure_on_gpu(folder: Path, only: str | None) -> None:
+    """The parts of beyond_gpu.py, or one of them, into the device's own record."""
+    if reason := cuda.available():
+        sys.exit(f"nothing measured: {reason}")
+    start = time.perf_counter()
+    records = [entry for name, part in beyond_gpu.PARTS.items() if only in (None, name) for entry in part()]
+    found = provenance("benchmarks/beyond.py", ["torch", "numpy", "numba", "numba-cuda"])
+    path = folder / f"{found['device'].replace(' ', '-').lower()}-beyond.json"
+    seconds = round(time.perf_counter() - start, 1)
+    path.write_text(json.dumps(found | {"seconds": seconds, "records": records}, indent=1) + "\n")
+    print(f"wrote {path} in {seconds} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RECORD)
-    parser.add_argument("--only", choices=PARTS, help="leave the others as they are in the file")
+    parser.add_argument("--results", type=Path, help="of the CPU a file, of a GPU a folder")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parts = [*PARTS, *beyond_gpu.PARTS]
+    parser.add_argument("--only", choices=parts, help="on the CPU the others stay as they are in the file")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the tables of the file")
     arguments = parser.parse_args()
-    path = arguments.results
+    if arguments.only and (arguments.only in beyond_gpu.PARTS) != (arguments.device == "cuda"):
+        parser.error(f"--only {arguments.only} is not measured with --device {arguments.device}")
+    torch.set_grad_enabled(False)
+    if arguments.device == "cuda":
+        measure_on_gpu(arguments.results or Path(__file__).parent / "results", arguments.only)
+        return
+    path = arguments.results or RECORD
     if arguments.table:
         record = json.loads(path.read_text())
         print(*(line for name in league.JUDGED for line in [name, *table(record, name)]), sep="\n")
         return
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     for name, part in PARTS.items():
         if arguments.only in (None, name):
             found = part()
