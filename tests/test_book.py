@@ -68,6 +68,13 @@ def test_what_goes_on_beyond_its_box_fades_until_it_is_scrolled_to_its_end(open_
     page.wait_for_selector("#first:not(.goes-on)")
 
 
+def test_a_table_that_a_cell_returns_fades_where_it_goes_on(open_page):
+    page, _ = open_page("book/11-the-league.html", 360)
+    page.wait_for_selector(".output.goes-on table")
+    wide = "[...document.querySelectorAll('main .output:has(> table)')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.every(e => e.classList.contains('goes-on') && e.tabIndex === 0)")
+
+
 def test_42_characters_of_an_output_fit_a_phone(open_page):
     page, _ = open_page(f"{PAGES[4]}.html", 360)
     beyond = """length => {

@@ -35,3 +35,13 @@ def test_in_bfloat16_the_next_number_passes_and_the_one_after_it_does_not():
     compare(one + step, one, "y", {})
     with pytest.raises(lab5.feedback.Mistake, match=r"expected 1, got 1\.015625"):
         compare(one + 2 * step, one, "y", {})
+
+
+def test_in_the_llama_of_7_billion_the_embedding_and_what_trains_are_the_shares_that_the_text_names():
+    width, inner, words, rank = 4096, 11008, 32_000, 8
+    linear = 32 * (4 * width * width + 3 * width * inner) + words * width  # the head is a layer of its own there
+    embedding = 4 * words * width
+    frozen = linear * 4.5 / 8 + embedding
+    trained = 16 * rank * (32 * (4 * 2 * width + 3 * (width + inner)) + words + width)
+    assert round(frozen / embedding) == 8
+    assert 0.05 < trained / (trained + frozen) < 0.1

@@ -1,7 +1,7 @@
 // What scrolls sideways, formulas, code and tables wider than a phone, can be scrolled by keyboard, and shows that it
 // goes on.
 (function () {
-  const WIDE = "main :is(mjx-container[display], pre, .pst-scrollable-table-container)";
+  const WIDE = "main :is(mjx-container[display], pre, .pst-scrollable-table-container, .cell_output > .output)";
 
   function fade(part) {
     part.classList.toggle("goes-on", part.scrollLeft + part.clientWidth < part.scrollWidth - 1);
