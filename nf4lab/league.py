@@ -228,27 +228,31 @@ EXTRA_BITS = {
 class Method:
     """How one way to quantize a whole model did, made in two ways that are as good as one another.
 
-    What the two ways differ by is noise. bits: per weight, with all that is stored for the layers. weights: squared
-    errors over the weights' squares, both ways. outputs: for each layer the squared error of its outputs on text that
-    the method has not seen, over that of "nearest", the mean of both ways. judged: column -> what the model says, both
-    ways: for the encoder 1 - cosine of sentence vectors in thousandths, on sentences of manuals and everyday ones; for
-    the language model the divergence in thousandths of a nat per token, on pages of manuals and of Flask's, and by how
-    many per cent its perplexity on manuals rises.
+    What the two ways differ by is noise. bits: per weight, with all that is stored for the layers. seconds: of one
+    core's processor time, to make all layers, both ways. weights: squared errors over the weights' squares, both ways.
+    outputs: for each layer the squared error of its outputs on text that the method has not seen, over that of
+    "nearest", the mean of both ways. judged: column -> what the model says, both ways: for the encoder 1 - cosine of
+    sentence vectors in thousandths, on sentences of manuals and everyday ones; for the language model the divergence in
+    thousandths of a nat per token, on pages of manuals and of Flask's, and by how many per cent its perplexity on
+    manuals rises.
     """
 
     name: str
     bits: float
+    seconds: tuple[float, float]
     weights: tuple[float, float]
     outputs: tuple[float, ...]
     judged: dict[str, tuple[float, float]]
 
     @property
     def row(self) -> tuple[str, ...]:
-        """As pages show it: name, bits, the weights' error in per cent, quartiles of outputs, what the model says."""
+        """As pages show it: name, bits, the lesser seconds, the weights' error in per cent, quartiles of outputs, what
+        the model says.
+        """
         quartiles = " ".join(f"{share:.2f}" for share in statistics.quantiles(self.outputs, n=4))
         weights = " / ".join(f"{100 * error:.2f}" for error in self.weights)
         judged = (" / ".join(f"{way:.1f}" for way in ways) for ways in self.judged.values())
-        return (self.name, f"{self.bits:.3f}", weights, quartiles, *judged)
+        return (self.name, f"{self.bits:.3f}", f"{min(self.seconds):.2g}", weights, quartiles, *judged)
 
 
 def methods(model: str, record: dict | None = None) -> dict[str, Method]:
@@ -266,7 +270,7 @@ def methods(model: str, record: dict | None = None) -> dict[str, Method]:
     nearest, shapes = found["methods"]["nearest"]["layers"][0], list(found["shapes"].values())
     return {
         name: Method(
-            name, bits_of_method(name, shapes), tuple(row["weights"]),
+            name, bits_of_method(name, shapes), tuple(row["seconds"]), tuple(row["weights"]),
             tuple(sum(pair) / 2 / near for *pair, near in zip(*row["layers"], nearest, strict=True)),
             {column: tuple(map(of, row["damage"])) for column, of in JUDGED[model].items()},
         )
