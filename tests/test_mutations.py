@@ -27,6 +27,7 @@ BROKEN = [
     ("04", "return pairs[:, 0] << 4 | pairs[:, 1]", "return pairs[:, 1] << 4 | pairs[:, 0]"),
     ("05", "10.0 ** (i - 6) * middles", "10.0 ** (i - 7) * middles"),  # the dynamic map, a decade lower
     ("05", "offset = absmax.mean()  # m", "offset = absmax.median()  # m"),
+    ("05", "prices(x), prices(-x)", "prices(x), prices(x)"),  # nothing turned, so no luck is seen
     ("06", "nearest((blocks - m) / a, levels)", "nearest((blocks - m) / a, 1.01 * levels)"),
     ("06", "(gap**2 / 12).mean().item(), error", "(gap**2 / 13).mean().item(), error"),
     ("07", "read, written = 1 / 2 + 4 / 64, 2", "read, written = 1 / 2 + 4 / 32, 2"),

@@ -28,8 +28,8 @@ MAPS = {
 class DoubleQuant:
     """How constants are quantized: a map from MAPS, whether their mean is taken off first, and the group size.
 
-    The default is the one of bitsandbytes and QLoRA (arXiv:2305.14314, section 3): the signed 8-bit dynamic map,
-    centred, one float32 for each group of 256.
+    The default is bitsandbytes': the signed 8-bit dynamic map, centred, one float32 for each group of 256. QLoRA
+    (arXiv:2305.14314, section 3) describes it so too, but says "8-bit floats" and names no map.
 
     Raises ValueError for an unknown map or a group size below 1.
     """
