@@ -50,7 +50,8 @@ def test_every_launch_fits_the_smallest_and_the_largest_shared_memory(n, k, rows
         monkeypatch.setattr(fused, "shared_limit", lambda device, limit=limit: limit)
         (one,) = fused.launches.__wrapped__("v5", rows, n, k, 64, torch.bfloat16, device, True)
         assert one.shared_bytes <= limit
-        for tiles in one.numbers:  # none where v2 takes what has no room for a tile
+        if one.kernel is not gemv_kernels.v2:  # it takes what has no room for a tile
+            tiles = one.numbers[0] if one.numbers else -(-n // (16 * one.grid))
             assert one.grid * tiles * 16 >= n > (one.grid - 1) * tiles * 16
 
 

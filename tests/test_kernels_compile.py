@@ -122,16 +122,20 @@ def test_the_few_rows_kernel_copies_in_bulk_and_keeps_x_in_registers(stages, x):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
-@pytest.mark.parametrize(("eights", "tiles"), [(1, 7), (2, 7), (4, 7), (8, 2), (8, 7)])
-def test_the_gemm_fits_its_registers(eights, tiles, capability):
-    layout = gemm_kernels.layouts(eights, tiles, 64)[1]
-    limit = 65536 // layout.threads
-    ptx, local_bytes = ptx_and_local_bytes(
-        gemm_kernels.kernel(layout), gemv_types(BFLOAT, 8), capability, max_registers=limit
-    )
-    assert ".f64" not in ptx and "cp.async.cg.shared.global" in ptx
-    assert ptx.count("mma.sync") == 4 * eights * layout.tiles
-    assert local_bytes <= (64 if eights == 8 else 0)  # 64 rows and 4 tiles a warp hold 128 sums of 255 registers
+@pytest.mark.parametrize(
+    ("eights", "tiles", "block_size"),
+    [(1, 7, 64), (2, 7, 64), (4, 2, 64), (4, 7, 64), (8, 2, 64), (8, 7, 64), (8, 7, 32)],
+)
+def test_the_gemm_fits_its_registers(eights, tiles, block_size, capability):
+    layout = gemm_kernels.layouts(eights, tiles, block_size)[0]
+    limit, parts = min(255, 65536 // layout.threads), 1 if block_size >= 64 else 2
+    kernel = gemm_kernels.kernel(layout)
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(BFLOAT), capability, max_registers=limit)
+    assert_lean(ptx, local_bytes)
+    assert "cp.async.cg.shared.global" in ptx and "ldmatrix" in ptx
+    of_warp = -(-tiles // layout.warps_down)
+    assert ptx.count("mma.sync") == 4 * eights * of_warp and ptx.count("prmt.b32") == 16 * of_warp
+    assert ptx.count("shfl.sync") == 2 * parts * of_warp
 
 
 TEACHING = {

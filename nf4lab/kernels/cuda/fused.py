@@ -80,11 +80,11 @@ def gemm_launch(rows, n, block_size, device):
     all_tiles = -(-n // 16)
     for tiles in shares(all_tiles, device):
         for layout in gemm_kernels.layouts(eights, tiles, block_size):
-            size = layout.shared_bytes(rows, tiles)
+            size = layout.shared_bytes(rows)
             if size <= shared_limit(device):
                 kernel = gemm_kernels.kernel(layout)
                 grid, registers = -(-all_tiles // tiles), 65536 // layout.threads
-                return Launch(kernel, grid, layout.threads, size, registers, 0, rows, (tiles,))
+                return Launch(kernel, grid, layout.threads, size, registers, 0, rows)
     return None
 
 

@@ -1,8 +1,8 @@
 """y = x W^T + bias for 1 to 64 rows of x and a packed 4-bit weight W (n, k): v4, in use from sm_80 on.
 
-A thread block takes up to 16 tiles of 16 rows of W and all their columns, in steps. What the next steps need (codes,
-absmax, x) is copied into shared memory while this one is multiplied: a ring of `stages`. In a step each warp takes
-some of the tiles and 64 columns:
+A thread block takes up to 8 tiles of 16 rows of W and all their columns, in steps. What the next steps need (codes and
+x) is copied into shared memory while this one is multiplied: a ring of `stages`. In a step each warp takes some of the
+tiles and 64 columns:
 
             columns of W: 64 a warp                          one tile: 16 rows x 64 columns
             warp 0   warp 1   warp 2 …                       two pieces of 32 columns, each 16 bytes a row
@@ -18,8 +18,10 @@ piece, which are four neighbours in W and in x.
     B   lane (g, t): row g of x, the same columns
     C   lane (g, t): rows g and g + 8 of the tile; rows 2t and 2t + 1 of x
 
-A tile's four steps share a block of absmax, so their sum is multiplied by it once, in float32. At the end the warps
-that hold other columns of the same rows add up through shared memory, always in the same order.
+A tile's four steps share a block of absmax, so their sum is multiplied by it once, in float32. Lane (g, t) reads the
+absmax of its warp's tile t, one step ahead, and hands it on. The next tile's codes are read before this one's are
+multiplied. At the end the warps that hold other columns of the same rows add up through shared memory, always in the
+same order.
 """
 
 import functools
@@ -34,15 +36,16 @@ from .intrinsics import (
     copies_go,
     copy16,
     float_bits,
-    load16,
+    from_lane,
+    load16_shared,
     load_matrices,
     multiply,
     multiply_tile,
     pack_like,
     pair_at,
     pinned,
+    shared_start,
     shifted,
-    sync_warp,
 )
 
 PAIRS = 256 * 64  # words: for each byte a copy of its pair for every lane, and 32 words unused
@@ -50,7 +53,7 @@ COLUMNS = 64  # of W that a warp takes in a step
 
 
 class Layout(NamedTuple):
-    """How a thread block is cut: warps over rows and columns, tiles a warp, eights of x's rows, stages of the ring."""
+    """How a thread block is cut: warps over rows and columns, its tiles, eights of x's rows, stages of the ring."""
 
     warps_down: int
     warps_along: int
@@ -69,14 +72,27 @@ class Layout(NamedTuple):
         return COLUMNS * self.warps_along
 
     @property
-    def scale_words(self):
-        """Room for the absmax of a step: each warp has its own."""
-        return self.threads // 32 * 16 * self.tiles * (2 if self.halves else 1)
+    def x_pitch(self):
+        """Words from row to row of x in a stage; no bank is met twice."""
+        return self.step // 2 + 16
 
-    def shared_bytes(self, rows, tiles):
-        stage = 16 * tiles * (self.step // 8 + 4) + 8 * self.eights * (self.step // 2 + 16)  # codes, x
-        sums = self.warps_along * rows * (16 * tiles + 4)
-        return 4 * (PAIRS + self.scale_words + max(self.stages * stage, sums))
+    @property
+    def w_pitch(self):
+        """Words from row to row of the codes in a stage, likewise."""
+        return self.step // 8 + 4
+
+    @property
+    def x_bytes(self):
+        """Bytes of x in a stage."""
+        return 4 * 8 * self.eights * self.x_pitch
+
+    @property
+    def stage_bytes(self):
+        return self.x_bytes + 4 * 16 * self.tiles * self.w_pitch
+
+    def shared_bytes(self, rows):
+        sums = 4 * self.warps_along * rows * (16 * self.tiles + 4)
+        return 4 * PAIRS + max(self.stages * self.stage_bytes, sums)
 
 
 @cuda.jit(device=True, inline="always")
@@ -107,226 +123,222 @@ def place_of(code):
     return uint32(uint32(64) * code + uint32(32) + (code & uint32(31)))
 
 
-@cuda.jit(device=True, inline="always")
-def copy_rows(shared, to, pitch, data, source, stride, left, most, at_once):
-    """Set under way: 16 bytes of every at_once-th row, `left` rows being left and at most `most` of them ours."""
-    for j in range(most):
-        if int32(j * at_once) < left:
-            copy16(shared, int32(to + j * at_once * pitch), data, int32(source + j * at_once * stride))
-
-
 def layouts(eights, tiles, block_size):
     """Ways to cut a block of so many tiles, and eights of x's rows: the fastest first."""
     halves = block_size < 64
     if config.ENABLE_CUDASIM:
         return [Layout(1, 2, tiles, eights, 2, halves)] if tiles <= 2 else []
-    fewest = next((few for few in (1, 2, 4) if 2 * few >= tiles), None)
-    ways = (8, 4, 2, 1) if eights <= 2 else (4, 2, 1)  # 16 warps, or 8 with twice the registers; fewer on a small GPU
-    return [Layout(2, along, fewest, eights, stages, halves) for along in ways for stages in (4, 3, 2) if fewest]
+    a_warp = 4 if eights <= 4 else 2  # tiles, at most: more do not fit into its registers
+    down = next((down for down in (1, 2, 4) if a_warp * down >= tiles), None)
+    if tiles > 8 or down is None:
+        return []
+    along = 8 if eights <= 2 else 8 // down  # up to 16 warps, or 8 with twice the registers
+    ways = [along >> less for less in range(4) if along >> less]  # fewer on a small GPU
+    rings = (3, 2) if eights <= 2 else (2,)  # a third stage was 2 % slower from 17 rows on
+    return [Layout(down, way, tiles, eights, stages, halves) for way in ways for stages in rings]
 
 
 @functools.cache
 def kernel(layout):
     """v4 for one Layout."""
-    down, along, tiles_a_warp, eights, stages, halves = layout
-    threads, step = layout.threads, layout.step
-    vectors, x_vectors = step // 32, step // 8  # of 16 bytes: in a row of the codes, in a row of x
-    w_pitch, x_pitch = step // 8 + 4, step // 2 + 16  # words; no bank is met twice
+    down, along, tiles, eights, stages, halves = layout
+    threads, x_pitch, w_pitch = layout.threads, layout.x_pitch, layout.w_pitch
+    x_bytes, stage_bytes = layout.x_bytes, layout.stage_bytes
+    tiles_a_warp = -(-tiles // down)
+    uneven = tiles % down != 0  # the last tile of some warps is not there
+    vectors, x_vectors = layout.step // 32, layout.step // 8  # of 16 bytes: in a row of the codes, in a row of x
     w_at_once, x_at_once = threads // vectors, threads // x_vectors  # rows
-    most_w, most_x = -(-16 * down * tiles_a_warp // w_at_once), -(-8 * eights // x_at_once)
+    most_w, most_x = -(-16 * tiles // w_at_once), -(-8 * eights // x_at_once)
     parts = 2 if halves else 1  # of a tile's columns that have an absmax of their own
-    part_32 = 2 // parts  # their length, in 32 columns
-    sum_count, b_words, all_sums = 4 * eights, 8 * eights, 4 * eights * tiles_a_warp
-    warp_scales = 16 * tiles_a_warp * parts
-    scales_a_lane = -(-warp_scales // 32)
-    scales_at = PAIRS
-    ring = PAIRS + layout.scale_words
-    x_words = 8 * eights * x_pitch  # what is multiplied of rows that are not there is left
+    pieces = 2 // parts  # their length, in 32 columns
+    sum_count, b_words, all_sums, scale_count = 4 * eights, 8 * eights, 4 * eights * tiles_a_warp, 2 * parts
+    ring = 4 * PAIRS
+    last_stage = (stages - 1) * stage_bytes
     in_flight = stages - 2
     bytes_a_thread = max(1, 256 // threads)
-    behind = stages - 1
+
+    @cuda.jit(device=True, inline="always")
+    def copy_rows(shared, to, pitch, data, sources, ahead, row, rows, most, at_once):
+        """Set under way: 16 bytes of every at_once-th row, from `row` on, of as many as a stage has."""
+        for j in range(most):
+            if rows % at_once == 0 or j < most - 1 or int32(row + j * at_once) < rows:
+                copy16(shared, int32(to + 4 * j * at_once * pitch), data, int32(sources[j] + ahead))
 
     @cuda.jit(device=True, inline="always")
     def read_scales(
-        absmax,
-        codes,
-        group_absmax,
-        nested,
-        row_0,
-        last_row,
-        down_at,
-        lane,
-        k_32,
-        column_32,
-        shift,
-        shift_2,
-        read,
-        coded,
-    ):
-        """Set under way: this lane's share of the absmax that its warp needs in a step, or their codes and groups."""
-        for j in range(scales_a_lane):
-            i = int32(32 * j + lane)
-            m = int32(i >> 4)  # which tile, or which half of one
-            row = min(int32(row_0 + 16 * (down * (m // parts) + down_at) + (i & 15)), last_row)
-            column = min(int32(column_32 + part_32 * (m % parts)), int32(k_32 - 1))
-            index = shifted(int32(row * k_32 + column), shift)
-            if nested:
-                coded[j] = codes[index]
-                read[j] = group_absmax[shifted(index, shift_2)]
-            else:
-                read[j] = absmax[index]
+        absmax, codes, group_absmax, nested, first, column_32, k_32, shift, group_shift, read, coded
+    ):  # fmt: skip
+        """Set under way: the absmax of two rows (their first in first[0], first[1]), or their codes and groups."""
+        if column_32 < k_32:
+            for s in range(scale_count):
+                index = shifted(int32(first[s % 2] + column_32 + s // 2), shift)
+                if nested:
+                    coded[s] = codes[index]
+                    read[s] = group_absmax[shifted(index, group_shift)]
+                else:
+                    read[s] = absmax[index]
+
+    @cuda.jit(device=True, inline="always")
+    def multiply_part(x, shared, words, part_of_tile, b, lane_bytes, a, products):
+        """products = 16 rows of W, their codes in `words`, times the rows of x in b, over one absmax's columns."""
+        for s in range(sum_count):
+            products[s] = float32(0)
+        for q in range(pieces):
+            piece = pieces * part_of_tile + q
+            for h in range(2):
+                for r in range(2):  # rows g, g + 8
+                    word = words[2 * piece + r]
+                    a[r], a[r + 2] = (
+                        pair_at(shared, word, 2 * h, lane_bytes),
+                        pair_at(shared, word, 2 * h + 1, lane_bytes),
+                    )
+                for f in range(eights):
+                    e = 8 * f + 4 * piece + 2 * h
+                    multiply_tile(x, products, 4 * f, a[0], a[1], a[2], a[3], b[e], b[e + 1])
 
     @cuda.jit
     def v4(
         x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
-        rows, n, k, block_shift, group_shift, nested, has_bias, tiles,
+        rows, n, k, block_shift, group_shift, nested, has_bias,
     ):  # fmt: skip
         shared = pinned(cuda.shared.array(0, uint32), block_shift)
         words = cuda.local.array(4, uint32)
+        coming = cuda.local.array(4, uint32)  # the next tile's
         a = cuda.local.array(4, uint32)
         b = cuda.local.array(b_words, uint32)
-        part = cuda.local.array(sum_count, float32)
+        products = cuda.local.array(sum_count, float32)
         sums = cuda.local.array(all_sums, float32)
-        read = cuda.local.array(scales_a_lane, float32)  # absmax of the next step, as they are stored
-        coded = cuda.local.array(scales_a_lane, uint32)
+        w_from = cuda.local.array(most_w, int32)
+        x_from = cuda.local.array(most_x, int32)
+        scale_row = cuda.local.array(2, int32)
+        scales = cuda.local.array(scale_count, float32)  # of rows g, g + 8 in tile t of this warp
+        read = cuda.local.array(scale_count, float32)  # the next step's, as they are stored
+        coded = cuda.local.array(scale_count, uint32)
         pairs = cuda.local.array(bytes_a_thread, uint32)
         decoded = cuda.local.array(bytes_a_thread, float32)
         thread = int32(cuda.threadIdx.x)
-        lane, warp = thread & 31, thread >> 5
-        g, t = lane >> 2, lane & 3
-        down_at, along_at = warp % down, warp // down
+        lane, warp = int32(thread & 31), int32(thread >> 5)
+        g, t = int32(lane >> 2), int32(lane & 3)
+        down_at, along_at = int32(warp % down), int32(warp // down)
         lane_bytes = uint32(4 * lane)
-        x_rows, columns, k_32, last_row = int32(rows), int32(k), int32(k >> 5), int32(n - 1)
+        x_rows, k_8, k_32, last_row = int32(rows), int32(k >> 3), int32(k >> 5), int32(n - 1)
         shift, shift_2 = int32(block_shift - 5), int32(group_shift)
-        row_count = int32(16 * tiles)
-        row_0 = int32(cuda.blockIdx.x * row_count)
-        row_count = min(row_count, int32(int32(n) - row_0))
-        x_at = int32(16 * tiles * w_pitch)  # in a stage: codes, x
-        stage_words = int32(x_at + x_words)
-        steps = int32((columns + step - 1) // step)
+        row_0 = int32(cuda.blockIdx.x * 16 * tiles)
+        row_count = min(int32(16 * tiles), int32(last_row + 1 - row_0))
+        steps = int32((k_32 + 2 * along - 1) // (2 * along))
+        start = int32(shared_start(shared) + ring)
+        read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded)
+        smallest = offset[0]
         w_row, w_vector = int32(thread // vectors), int32(thread % vectors)
         x_row, x_vector = int32(thread // x_vectors), int32(thread % x_vectors)
-        w_left, x_left = int32(row_count - w_row), int32(x_rows - x_row)
-        w_from = int32((row_0 + w_row) * k_32 + w_vector)
-        x_from = int32(x_row * (columns >> 3) + x_vector)
-        w_to = int32(ring + w_row * w_pitch + 4 * w_vector)
-        x_to = int32(ring + x_at + x_row * x_pitch + 4 * x_vector)
-        my_scales = int32(scales_at + warp * warp_scales)
+        for j in range(most_w):
+            w_from[j] = int32(min(int32(row_0 + w_row + j * w_at_once), last_row) * k_32 + w_vector)
+        for j in range(most_x):
+            x_from[j] = int32(min(int32(x_row + j * x_at_once), int32(x_rows - 1)) * k_8 + x_vector)
+        x_to = int32(start + 4 * (x_row * x_pitch + 4 * x_vector))
+        w_to = int32(start + x_bytes + 4 * (w_row * w_pitch + 4 * w_vector))
+        w_ahead, x_ahead = int32(0), int32(0)
+        for s in range(stages - 1):
+            if int32(w_ahead + w_vector) < k_32:
+                copy_rows(
+                    shared,
+                    int32(w_to + s * stage_bytes),
+                    w_pitch,
+                    packed,
+                    w_from,
+                    w_ahead,
+                    w_row,
+                    16 * tiles,
+                    most_w,
+                    w_at_once,
+                )
+            if int32(x_ahead + x_vector) < k_8:
+                copy_rows(
+                    shared,
+                    int32(x_to + s * stage_bytes),
+                    x_pitch,
+                    x,
+                    x_from,
+                    x_ahead,
+                    x_row,
+                    8 * eights,
+                    most_x,
+                    x_at_once,
+                )
+            copies_go()
+            w_ahead, x_ahead = int32(w_ahead + vectors), int32(x_ahead + x_vectors)
+        for h in range(2):
+            tile = int32(down * min(t, int32(tiles_a_warp - 1)) + down_at)
+            scale_row[h] = int32(min(int32(row_0 + 16 * tile + 8 * h + g), last_row) * k_32)
         column_32 = int32(2 * along_at)
-        smallest = offset[0]
-        read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded)
+        read_scales(absmax, codes, group_absmax, nested, scale_row, column_32, k_32, shift, shift_2, read, coded)
+        fill_tables(shared, nested, thread, threads, pairs, decoded)
         for s in range(all_sums):
             sums[s] = float32(0)
-        last = int32(behind * stage_words)
-        fill, use = int32(0), int32(0)  # the stages, in words from the first
-        for ahead in range(int32(steps + behind)):
-            if ahead >= behind:
-                copies_done(in_flight)
-                cuda.syncthreads()
-            if ahead < steps:
-                column = int32(ahead * step)
-                if int32(column + 32 * w_vector) < columns:
-                    source = int32(w_from + ahead * vectors)
-                    copy_rows(shared, int32(fill + w_to), w_pitch, packed, source, k_32, w_left, most_w, w_at_once)
-                if int32(column + 8 * x_vector) < columns:
-                    source = int32(x_from + ahead * x_vectors)
-                    copy_rows(shared, int32(fill + x_to), x_pitch, x, source, columns >> 3, x_left, most_x, x_at_once)
-                fill = int32(fill + stage_words) if fill < last else int32(0)
+        b_at = int32(start + 4 * (g * x_pitch + 32 * along_at + 4 * t))
+        a_at = int32(start + x_bytes + 4 * ((16 * down_at + (lane & 15)) * w_pitch + 8 * along_at + 4 * (lane >> 4)))
+        last_at = int32(a_at + 64 * down * (tiles_a_warp - 1) * w_pitch)
+        if uneven and int32(down * (tiles_a_warp - 1) + down_at) >= tiles:
+            last_at = a_at  # not there: anything
+        use, fill = int32(0), int32(last_stage)  # the stages, in bytes from the first
+        for _ in range(steps):
+            copies_done(in_flight)
+            cuda.syncthreads()
+            if int32(w_ahead + w_vector) < k_32:
+                copy_rows(
+                    shared, int32(w_to + fill), w_pitch, packed, w_from, w_ahead, w_row, 16 * tiles, most_w, w_at_once
+                )
+            if int32(x_ahead + x_vector) < k_8:
+                copy_rows(shared, int32(x_to + fill), x_pitch, x, x_from, x_ahead, x_row, 8 * eights, most_x, x_at_once)
             copies_go()
-            if ahead == 0:
-                read_scales(
-                    absmax,
-                    codes,
-                    group_absmax,
-                    nested,
-                    row_0,
-                    last_row,
-                    down_at,
-                    lane,
-                    k_32,
-                    column_32,
-                    shift,
-                    shift_2,
-                    read,
-                    coded,
-                )
-                fill_tables(shared, nested, thread, threads, pairs, decoded)
-            now = int32(ahead - behind)
-            if now >= 0:
-                at = int32(ring + use)
-                use = int32(use + stage_words) if use < last else int32(0)
-                for j in range(scales_a_lane):
-                    i = int32(32 * j + lane)
+            w_ahead, x_ahead = int32(w_ahead + vectors), int32(x_ahead + x_vectors)
+            fill = int32(fill + stage_bytes) if fill < last_stage else int32(0)
+            if column_32 < k_32:
+                load_matrices(shared, int32((a_at if tiles_a_warp > 1 else last_at) + use), coming, 0)
+                for f in range(eights):
+                    for piece in range(2):
+                        load16_shared(shared, int32(b_at + use + 32 * f * x_pitch + 64 * piece), b, 8 * f + 4 * piece)
+                for s in range(scale_count):
+                    scales[s] = read[s]
                     if nested:
-                        read[j] = multiply(bits_float(shared[place_of(coded[j])]), read[j]) + smallest
-                    if i < warp_scales:
-                        shared[uint32(my_scales + i)] = float_bits(read[j])
-                sync_warp()
-                column_32 = int32(column_32 + vectors)
+                        scales[s] = multiply(bits_float(shared[place_of(coded[s])]), read[s]) + smallest
+                column_32 = int32(column_32 + 2 * along)
                 read_scales(
-                    absmax,
-                    codes,
-                    group_absmax,
-                    nested,
-                    row_0,
-                    last_row,
-                    down_at,
-                    lane,
-                    k_32,
-                    column_32,
-                    shift,
-                    shift_2,
-                    read,
-                    coded,
+                    absmax, codes, group_absmax, nested, scale_row, column_32, k_32, shift, shift_2, read, coded
                 )
-                if int32(now * step + 64 * along_at) < columns:
-                    x_vector_at = int32((at + x_at + g * x_pitch + 32 * along_at + 4 * t) >> 2)
-                    for f in range(eights):
-                        for piece in range(2):
-                            load16(shared, int32(x_vector_at + 2 * f * x_pitch + 4 * piece), b, 8 * f + 4 * piece)
-                    for m in range(tiles_a_warp):
-                        tile = int32(down * m + down_at)
-                        if int32(16 * tile) < row_count:
-                            row = int32(16 * tile + (lane & 15))
-                            load_matrices(shared, at + row * w_pitch + 8 * along_at + 4 * (lane >> 4), words)
+                for m in range(tiles_a_warp):
+                    for e in range(4):
+                        words[e] = coming[e]
+                    if m + 2 < tiles_a_warp:
+                        load_matrices(shared, int32(a_at + use + 64 * down * (m + 1) * w_pitch), coming, 0)
+                    elif m + 1 < tiles_a_warp:
+                        load_matrices(shared, int32(last_at + use), coming, 0)
+                    if not uneven or m < tiles_a_warp - 1 or int32(down * m + down_at) < tiles:
+                        for p in range(parts):
+                            low = from_lane(scales[2 * p], int32((lane & 28) + m))
+                            high = from_lane(scales[2 * p + 1], int32((lane & 28) + m))
+                            multiply_part(x, shared, words, p, b, lane_bytes, a, products)
                             for s in range(sum_count):
-                                part[s] = float32(0)
-                            scale_at = int32(my_scales + 16 * parts * m + g)
-                            for piece in range(2):
-                                for h in range(2):
-                                    for r in range(2):  # rows g, g + 8
-                                        a[r] = pair_at(shared, words[2 * piece + r], 2 * h, lane_bytes)
-                                        a[r + 2] = pair_at(shared, words[2 * piece + r], 2 * h + 1, lane_bytes)
-                                    for f in range(eights):
-                                        e = 8 * f + 4 * piece + 2 * h
-                                        multiply_tile(x, part, 4 * f, a[0], a[1], a[2], a[3], b[e], b[e + 1])
-                                if halves or piece == 1:
-                                    low = bits_float(shared[uint32(scale_at + 16 * piece * (parts - 1))])
-                                    high = bits_float(shared[uint32(scale_at + 16 * piece * (parts - 1) + 8)])
-                                    for f in range(eights):
-                                        for e in range(4):
-                                            s = m * sum_count + 4 * f + e
-                                            sums[s] += part[4 * f + e] * (low if e < 2 else high)
-                                            part[4 * f + e] = float32(0)
-                sync_warp()
+                                sums[m * sum_count + s] += products[s] * (low if s % 4 < 2 else high)
+            use = int32(use + stage_bytes) if use < last_stage else int32(0)
         copies_done(0)
         cuda.syncthreads()
-        pitch = int32(16 * tiles) + 4
+        pitch = int32(16 * tiles + 4)
         for m in range(tiles_a_warp):
             tile = int32(down * m + down_at)
-            if int32(16 * tile) < row_count:
+            if tile < tiles:
                 for f in range(eights):
                     for e in range(4):
-                        x_row = 8 * f + 2 * t + (e & 1)
-                        if x_row < x_rows:
-                            place = ring + (along_at * x_rows + x_row) * pitch + 16 * tile + g + 8 * (e >> 1)
+                        row_of_x = int32(8 * f + 2 * t + (e & 1))
+                        if row_of_x < x_rows:
+                            place = int32(PAIRS + (along_at * x_rows + row_of_x) * pitch + 16 * tile + g + 8 * (e >> 1))
                             shared[uint32(place)] = float_bits(sums[m * sum_count + 4 * f + e])
         cuda.syncthreads()
-        for x_row in range(warp, x_rows, threads // 32):
+        for row_of_x in range(warp, x_rows, threads // 32):
             for row in range(lane, row_count, 32):
                 total = float32(0)
                 for w in range(along):
-                    total += bits_float(shared[uint32(int32(ring + (w * x_rows + x_row) * pitch + row))])
-                finish(y, bias, has_bias, x_row * n + row_0 + row, row_0 + row, total)
+                    total += bits_float(shared[uint32(int32(PAIRS + (w * x_rows + row_of_x) * pitch + row))])
+                finish(y, bias, has_bias, row_of_x * n + row_0 + row, row_0 + row, total)
 
     return v4

@@ -17,7 +17,6 @@ __all__ = [
     "bits_float",
     "copies_done",
     "copies_go",
-    "copy4",
     "copy16",
     "copy_bulk",
     "element_bits",
@@ -28,6 +27,7 @@ __all__ = [
     "load",
     "load8",
     "load16",
+    "load16_shared",
     "load_codes",
     "load_matrices",
     "max_across",
@@ -44,6 +44,7 @@ __all__ = [
     "pinned",
     "quotient",
     "reciprocal",
+    "shared_start",
     "shifted",
     "store",
     "store4",
@@ -518,25 +519,23 @@ def command(builder, text, constraints, args, result=None):
     return call
 
 
-def copy_command(text, element):
-    """An intrinsic (shared, to, data, i): `text` copies the i-th `element` of data to word `to` of shared memory."""
+@intrinsic
+def shared_start(typing, shared):
+    def emit(context, builder, signature, args):
+        return shared_address(context, builder, shared, args[0])
 
-    @intrinsic
-    def copy(typing, shared, to, data, i):
-        def emit(context, builder, signature, args):
-            to_bytes = builder.shl(context.cast(builder, args[1], to, types.int32), ir.Constant(I32, 2))
-            target = builder.add(shared_address(context, builder, shared, args[0]), to_bytes)
-            source = builder.ptrtoint(at(context, builder, data, args[2], i, args[3], element), I64)
-            command(builder, text, "r,l,~{memory}", [target, source])
-            return context.get_dummy_value()
-
-        return types.void(shared, to, data, i), emit
-
-    return copy
+    return types.int32(shared), emit
 
 
-copy4 = copy_command("cp.async.ca.shared.global [$0], [$1], 4;", I32)
-copy16 = copy_command("cp.async.cg.shared.global [$0], [$1], 16;", V4)
+@intrinsic
+def copy16(typing, shared, address, data, i):
+    def emit(context, builder, signature, args):
+        target = context.cast(builder, args[1], address, types.int32)
+        source = builder.ptrtoint(at(context, builder, data, args[2], i, args[3], V4), I64)
+        command(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", [target, source])
+        return context.get_dummy_value()
+
+    return types.void(shared, address, data, i), emit
 
 
 @intrinsic
@@ -570,19 +569,27 @@ def sync_warp(typing):
     return types.void(), emit
 
 
-@intrinsic
-def load_matrices(typing, shared, i, words):
-    def emit(context, builder, signature, args):
-        offset = builder.shl(context.cast(builder, args[1], i, types.int32), ir.Constant(I32, 2))
-        source = builder.add(shared_address(context, builder, shared, args[0]), offset)
-        text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-        four = command(builder, text, "=r,=r,=r,=r,r,~{memory}", [source], ir.LiteralStructType([I32] * 4))
-        target = pointer_to(context, builder, words, args[2], I32)
-        for k in range(4):
-            builder.store(builder.extract_value(four, k), builder.gep(target, [ir.Constant(I64, k)]))
-        return context.get_dummy_value()
+def four_words(text):
+    """An intrinsic (shared, address, words, first): words[first:first + 4] are what `text` reads at an address."""
 
-    return types.void(shared, i, words), emit
+    @intrinsic
+    def read(typing, shared, address, words, first):
+        def emit(context, builder, signature, args):
+            source = context.cast(builder, args[1], address, types.int32)
+            four = command(builder, text, "=r,=r,=r,=r,r", [source], ir.LiteralStructType([I32] * 4))
+            offset = context.cast(builder, args[3], first, types.int64)
+            target = builder.gep(pointer_to(context, builder, words, args[2], I32), [offset])
+            for k in range(4):
+                builder.store(builder.extract_value(four, k), builder.gep(target, [ir.Constant(I64, k)]))
+            return context.get_dummy_value()
+
+        return types.void(shared, address, words, first), emit
+
+    return read
+
+
+load16_shared = four_words("ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];")
+load_matrices = four_words("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];")
 
 
 @intrinsic

@@ -15,7 +15,6 @@ __all__ = [
     "bits_float",
     "copies_done",
     "copies_go",
-    "copy4",
     "copy16",
     "copy_bulk",
     "element_bits",
@@ -26,6 +25,7 @@ __all__ = [
     "load",
     "load8",
     "load16",
+    "load16_shared",
     "load_codes",
     "load_matrices",
     "max_across",
@@ -42,6 +42,7 @@ __all__ = [
     "pinned",
     "quotient",
     "reciprocal",
+    "shared_start",
     "shifted",
     "store",
     "store4",
@@ -210,14 +211,16 @@ def max_across(value, lanes):
     return max(seen[peer] for peer in range(first, first + lanes) if peer in seen)
 
 
-def copy_bytes(width):
-    def copy(shared, to, data, i):
-        bytes_of(shared)[4 * int(to) : 4 * int(to) + width] = bytes_of(data)[width * int(i) : width * int(i) + width]
-
-    return copy
+def shared_start(shared):
+    return 0
 
 
-copy4, copy16 = copy_bytes(4), copy_bytes(16)
+def copy16(shared, address, data, i):
+    bytes_of(shared)[int(address) : int(address) + 16] = bytes_of(data)[16 * int(i) : 16 * int(i) + 16]
+
+
+def load16_shared(shared, address, words, first):
+    load16(shared, int(address) // 16, words, first)
 
 
 def pinned(shared, number):
@@ -282,11 +285,11 @@ def copy_bulk(shared, to, data, i, count, barrier):
     barrier_arrive(shared, barrier, 1)
 
 
-def load_matrices(shared, i, words):
-    me, rows = _exchange(int(i))
-    lane, first = me % 32, me - me % 32
+def load_matrices(shared, address, words, first):
+    me, rows = _exchange(int(address) // 4)
+    lane, warp = me % 32, me - me % 32
     for k in range(4):
-        words[k] = shared[rows[first + 8 * k + lane // 4] + lane % 4]
+        words[first + k] = shared[rows[warp + 8 * k + lane // 4] + lane % 4]
 
 
 def pack_like(x, low, high):
