@@ -51,6 +51,12 @@ def test_a_likely_mistake_loses_its_points_and_is_named(lab, name):
     assert any(named) and (all(named) or isinstance(answer, str)), told
 
 
+def test_lab_1_says_how_many_points_its_checks_in_sight_carry():
+    text = (ROOT / "labs" / "lab1" / "master.md").read_text()
+    seen = sum(int(points) for points in re.findall(r"public, (\d+)-point", text))
+    assert f"The checks you see carry {seen} of the {masters.possible('lab1')} points." in text
+
+
 @pytest.mark.parametrize("lab", LABS)
 def test_there_are_at_least_six_mistakes(lab):
     assert len(mistakes(lab)) >= 6
