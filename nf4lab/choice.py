@@ -2,7 +2,8 @@
 
 A matrix that multiplies is quantized: the weight of a linear layer, of transformers' Conv1D, and each expert's of a
 fused mixture. What stays is what transformers' bitsandbytes integration leaves alone too: embeddings and what shares
-their weight, output heads, routers, modules that a model keeps in float32; and adapters, which are there to train.
+their weight, output heads, routers, modules that a model keeps in float32; layers whose weight the model's code looks
+at past the layer, which go wrong in bitsandbytes' 4 bits; and adapters, which are there to train.
 A pattern can exclude more of it, and can *name* what would stay: "*lm_head*" does, "*" does not.
 """
 
@@ -13,9 +14,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from nf4lab.peeks import CAST, READ, peeked_at
 
 # Which layers: a pattern or several, as a shell's, of dotted names; or a function of name and layer.
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -24,6 +28,7 @@ Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 LOOKED_UP = re.compile(r"embed|wte|wpe|relative_attention_bias|(^|\.)shared$")  # tables that are not multiplied
 HEADS = ("lm_head", "embed_out", "score")
 HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
+KEPT = "kept in float32"
 FUSED_EXPERTS = "fused experts, of which transformers reads no 4-bit file"
 
 
@@ -35,6 +40,7 @@ class Candidate:
     kind: "linear", "conv1d" (stored transposed), "experts" (three-dimensional), "embedding", or "other".
     stays: why it is left as it is unless a pattern names it; empty for what is quantized.
     always: whether it stays even then.
+    barred: why transformers can't use it in 4 bits by bitsandbytes; empty where it can.
     """
 
     names: tuple[str, ...]
@@ -42,6 +48,7 @@ class Candidate:
     numel: int
     stays: str = ""
     always: bool = False
+    barred: str = ""
     module: nn.Module | None = field(default=None, repr=False)
 
 
@@ -51,6 +58,7 @@ class Candidate:
 def candidates(model: nn.Module) -> list[Candidate]:
     """Every matrix of a model, in the order of its modules, with the reason for what stays."""
     why = list(_kept_by_transformers(model))
+    bar = _barring(why)
     adapters = tuple(f"{name}." for name in _adapters(model))
     places: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -68,7 +76,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
             stays, always = _verdict(modules, names, module, kind, why, tied)
             if any(f"{name}.".startswith(adapters) for name in names):
                 stays, always = "adapter", True
-            found.append(Candidate(full, kind, numel, stays, always, module))
+            found.append(Candidate(full, kind, numel, stays, always, bar(names), module))
     return found
 
 
@@ -115,9 +123,9 @@ def _verdict(modules, names, module, kind, why, tied) -> tuple[str, bool]:
         return f"its weight is also that of {next(n for n in tied[id(module.weight)] if n not in names)}", True
     if kind == "embedding":
         return EMBEDDING, id(module.weight) in tied or kind_of_module is not nn.Embedding
-    for patterns, reason in why:
-        if any(skips(patterns, n) for n in names):
-            return reason, False
+    kept = next((reason for is_kept, reason in why if any(map(is_kept, names))), "")
+    if kept:
+        return kept, False
     if kind != "linear":
         return "", False
     if why:  # in a model of transformers its rule decides, and it replaces torch.nn.Linear itself only
@@ -147,11 +155,25 @@ def _adapters(model: nn.Module) -> Iterator[str]:
             yield f"{name}.prompt_encoder".lstrip(".")
 
 
-def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(patterns of names, why) for what transformers' quantizers leave alone in each model of transformers in here.
+def barred(model: nn.Module) -> Callable[[Iterable[str]], str]:
+    """A function from a layer's names to why transformers can't use it in 4 bits by bitsandbytes; empty where it can.
+
+    Either it does not open such a file, whatever its list of modules to skip says, or it answers wrongly.
+    """
+    return _barring(list(_kept_by_transformers(model)))
+
+
+def _barring(why: list[tuple[Callable[[str], bool], str]]) -> Callable[[Iterable[str]], str]:
+    bars = [(is_kept, reason) for is_kept, reason in why if reason in (KEPT, CAST, READ)]
+    return lambda names: next((reason for is_kept, reason in bars if any(map(is_kept, names))), "")
+
+
+def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[Callable[[str], bool], str]]:
+    """(whether a name is kept, why) for what transformers' quantizers leave alone in each of its models in here.
 
     The rule is `get_keys_to_not_convert`'s: tied weights, the output embeddings, the last parameter's module; then the
-    modules that the model keeps in float32; or, where the configuration has a list of its own, that list instead.
+    modules that the model keeps in float32; or, where the configuration has a list of its own, that list instead. To
+    these come the layers that they don't leave alone and should: see `nf4lab.peeks`.
     """
     for prefix, module in transformers_models(model):
         dot = f"{prefix}." if prefix else ""
@@ -164,9 +186,24 @@ def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[tuple[str, ...], s
             yield _under(dot, {n for n, m in module.named_modules() if head is not None and m is head}), HEAD
             yield _under(dot, {n for n, _ in list(module.named_parameters())[-1:]}), "last layer"
         else:
-            yield _under(dot, listed, anywhere=True), "skip list"
-        kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-        yield _under(dot, kept, anywhere=True), "kept in float32"
+            yield partial(skips, listed), "skip list"
+        yield partial(skips, sorted(getattr(module, "_keep_in_fp32_modules", None) or ())), KEPT
+        peeked = peeked_at(module)
+        for reason in (CAST, READ):
+            yield {f"{dot}{name}" for name, why in peeked.items() if why == reason}.__contains__, reason
+
+
+def taken_apart(model: nn.Module) -> str:
+    """Why transformers can't open a model in 4 bits by bitsandbytes, whatever is quantized; empty where it can.
+
+    Some fused experts (5.23: Llama 4's) become one layer per expert there, whose weights no file has.
+    """
+    quantizers = sys.modules.get("transformers.quantizers.base")
+    patched = getattr(quantizers, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    kinds = (type(module).__name__ for module in model.modules())
+    methods = ((kind, map(str, patched[kind]["quantization_methods"])) for kind in kinds if kind in patched)
+    kind = next((kind for kind, named in methods if any("BITS" in name.upper() for name in named)), "")
+    return kind and f"transformers takes {kind} apart in quantized models, and finds no weights for its parts"
 
 
 def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -179,9 +216,9 @@ def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield prefix, module
 
 
-def _under(prefix: str, keys: Collection[str], anywhere: bool = False) -> tuple[str, ...]:
-    """Keys of a part of a model as keys of the whole; those that may stand anywhere are left as they are."""
-    return tuple(key if anywhere else prefix + key.removesuffix(".weight") for key in sorted(keys))
+def _under(prefix: str, keys: Collection[str]) -> Callable[[str], bool]:
+    """Whether a name is skipped by the keys of a part of a model, as names of the whole."""
+    return partial(skips, [prefix + key.removesuffix(".weight") for key in sorted(keys)])
 
 
 def skip_list(config) -> list[str] | None:
@@ -201,7 +238,7 @@ def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
     """The matrices among tensors of these names and shapes, judged by their names: one ending in .weight multiplies."""
     found = []
     for key, shape in shapes.items():
-        name = key.removesuffix(".weight")
+        name, bar = key.removesuffix(".weight"), ""
         if len(shape) == 3 and "expert" in name:
             found.append(Candidate((key,), "experts", math.prod(shape), FUSED_EXPERTS))
         if len(shape) != 2:
@@ -211,8 +248,9 @@ def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
         elif name == key:
             kind, stays = "linear", "no weight of a layer, by its name"
         else:
-            kind, stays = "linear", HEAD if is_head(name) else ROUTER if is_router(name, shapes.__contains__) else ""
-        found.append(Candidate((key,), kind, math.prod(shape), stays))
+            kind, bar = "linear", CAST if is_wo(name, shapes.__contains__) else ""
+            stays = HEAD if is_head(name) else ROUTER if is_router(name, shapes.__contains__) else bar
+        found.append(Candidate((key,), kind, math.prod(shape), stays, barred=bar))
     return found
 
 
@@ -227,6 +265,12 @@ def is_router(name: str, exists: Callable[[str], bool]) -> bool:
     first = (f"0.{part}.weight" for part in ("w1", "gate_proj", "up_proj", "down_proj"))
     beside = (f"{parent}{dot}experts{rest}" for rest in ("", *(f".{part}" for part in ("0", "gate_up_proj", *first))))
     return last == "router" or (last == "gate" and any(map(exists, beside)))
+
+
+def is_wo(name: str, exists: Callable[[str], bool]) -> bool:
+    """Whether a layer of that name is the second of T5's kind of feed-forward block, of which `CAST` is true."""
+    parent, dot, last = name.rpartition(".")
+    return last == "wo" and any(exists(f"{parent}{dot}{first}.weight") for first in ("wi", "wi_0"))
 
 
 # --- the choice

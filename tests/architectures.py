@@ -10,6 +10,25 @@ GPT2 = dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_
 VIT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=16,
            patch_size=8, num_labels=32)  # fmt: skip
 
+OPT = dict(vocab_size=128, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+           max_position_embeddings=64, word_embed_proj_dim=64)  # fmt: skip
+GPTJ = GPT2 | dict(rotary_dim=8)
+NEO = dict(vocab_size=128, hidden_size=64, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4,
+           max_position_embeddings=64, window_size=8)  # fmt: skip
+BART = dict(vocab_size=128, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            encoder_ffn_dim=128, decoder_attention_heads=4, decoder_ffn_dim=128,
+            max_position_embeddings=64)  # fmt: skip
+WHISPER = BART | dict(max_source_positions=32, max_target_positions=32, num_mel_bins=16, pad_token_id=0, bos_token_id=1,
+                      eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+DEBERTA = SMALL | dict(max_position_embeddings=64, relative_attention=True, pos_att_type=["p2c", "c2p"])
+SWIN = dict(image_size=16, patch_size=2, embed_dim=64, depths=[1, 1], num_heads=[2, 4], window_size=4, num_labels=32)
+SIGLIP2 = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=8,
+               num_patches=4)  # fmt: skip
+SWITCH = T5 | dict(num_experts=4, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+MAMBA = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=32, time_step_rank=64)
+LLAMA4 = LLAMA | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
+                      interleave_moe_layer_step=2)  # fmt: skip
+
 # name: (class of the model, class of its configuration, arguments)
 ARCHITECTURES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA | dict(tie_word_embeddings=False)),
@@ -31,12 +50,53 @@ ARCHITECTURES = {
     "MiniLM": ("BertModel", "BertConfig", SMALL | dict(max_position_embeddings=64)),
 }
 
+# More of them, for what stands in one table only.
+MORE = {
+    "OPT": ("OPTForCausalLM", "OPTConfig", OPT),
+    "BLOOM": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL | dict(max_position_embeddings=64)),
+    "GPT-Neo": ("GPTNeoForCausalLM", "GPTNeoConfig", NEO),
+    "GPT-J": ("GPTJForCausalLM", "GPTJConfig", GPTJ),
+    "Phi": ("PhiForCausalLM", "PhiConfig", SMALL | dict(max_position_embeddings=64)),
+    "Phi-3": ("Phi3ForCausalLM", "Phi3Config", LLAMA | dict(pad_token_id=0)),
+    "Gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", LLAMA | dict(head_dim=16)),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA | dict(head_dim=16)),
+    "OLMo 2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA),
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", SMALL | dict(max_position_embeddings=64)),
+    "DeBERTa v2": ("DebertaV2ForMaskedLM", "DebertaV2Config", DEBERTA),
+    "DistilBERT": (
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        dict(vocab_size=128, dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=64),
+    ),
+    "XLNet": ("XLNetLMHeadModel", "XLNetConfig", dict(vocab_size=128, d_model=64, n_layer=2, n_head=4, d_inner=128)),
+    "BART": ("BartForConditionalGeneration", "BartConfig", BART),
+    "Marian": ("MarianMTModel", "MarianConfig", BART | dict(pad_token_id=0, decoder_start_token_id=0)),
+    "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
+    "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
+    "Swin": ("SwinForImageClassification", "SwinConfig", SWIN),
+}
+# Of whose layers transformers casts the inputs to the weight's dtype, without keeping them in float32.
+CASTING = {
+    "Switch Transformers": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", SWITCH),
+    "Long T5": ("LongT5ForConditionalGeneration", "LongT5Config", T5 | dict(local_radius=4)),
+    "SigLIP 2": ("Siglip2VisionModel", "Siglip2VisionConfig", SIGLIP2),
+    "Swin v2": ("Swinv2ForImageClassification", "Swinv2Config", SWIN),
+}
+# The others that tests name.
+OTHERS = {
+    "Mamba": ("MambaForCausalLM", "MambaConfig", MAMBA),
+    "Llama 4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
+    "Falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
+}
+ALL = ARCHITECTURES | MORE | CASTING | OTHERS
+
 
 def make(name, seed=0):
     """The model of that name, in evaluation mode, with weights of a trained one's size."""
     import transformers
 
-    model_class, config_class, arguments = ARCHITECTURES[name]
+    model_class, config_class, arguments = ALL[name]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**arguments)
     return getattr(transformers, model_class)(config).eval()
@@ -45,10 +105,24 @@ def make(name, seed=0):
 def inputs_of(model):
     """One input that the model takes."""
     torch.manual_seed(1)
+    if "Siglip2" in type(model).__name__:
+        shapes = {"pixel_attention_mask": torch.ones(2, 4), "spatial_shapes": torch.tensor([[2, 2], [2, 2]])}
+        return {"pixel_values": torch.randn(2, 4, 192)} | shapes
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(2, 16, 64), "decoder_input_ids": torch.randint(3, 128, (2, 7))}
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 16, 16)}
     ids = torch.randint(1, 128, (2, 7))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    two = getattr(model.config, "is_encoder_decoder", False)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if two else {})
+
+
+def plainly(model):
+    """The model without bitsandbytes' arithmetic in bfloat16, which it has for some CPUs and for inference only."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()

@@ -18,25 +18,17 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("bitsandbytes")
 
-from architectures import ARCHITECTURES, inputs_of, make, outputs  # noqa: E402
+from architectures import ALL, ARCHITECTURES, MORE, inputs_of, make, outputs, plainly  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the weights stay")
 FUSED = ("Mixtral", "Qwen3-MoE")
-
-
-def plainly(model):
-    """The model without bitsandbytes' arithmetic in bfloat16, which it has for some CPUs and for inference only."""
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 def in_4_bits(name, folder):
     """The model that transformers and bitsandbytes make of a saved one of that name."""
     make(name).save_pretrained(folder)
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model_class = getattr(transformers, ARCHITECTURES[name][0])
+    model_class = getattr(transformers, ALL[name][0])
     return plainly(model_class.from_pretrained(folder, quantization_config=config))
 
 
@@ -164,6 +156,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name_and_the_model_is_as_i
     with pytest.raises(ValueError, match=r"tensor 'model.layers.0.mlp.down_proj.weight' is stored in 4 bits"):
         nf4lab.load_model_(other, tmp_path / "out")
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_all_three_ways_of_more_architectures_give_bitsandbytes_own_answers(bitsandbytes, tmp_path, name):
+    theirs = in_4_bits(name, tmp_path / "in")
+    expected, model_class = outputs(theirs), type(theirs)
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "folder")
+    ours = plainly(model_class.from_pretrained(tmp_path / "folder"))
+    assert torch.equal(outputs(ours), expected)
+    model = make(name)
+    nf4lab.quantize_model_(model)
+    assert torch.equal(outputs(model), expected)
+    model.save_pretrained(tmp_path / "memory")
+    assert torch.equal(outputs(plainly(model_class.from_pretrained(tmp_path / "memory"))), expected)
+    assert nf4lab.adopt_(ours) == nf4lab.adopt_(theirs)
+    assert torch.equal(outputs(ours), expected) and torch.equal(outputs(theirs), expected)
 
 
 def test_a_layer_that_bitsandbytes_has_not_quantized_yet_is_refused_by_name(bitsandbytes):

@@ -498,3 +498,43 @@ def test_writing_to_what_a_file_or_a_layer_hands_out_moves_no_level(tmp_path):
     for q in nf4lab.load_quantized(tmp_path / "a").values():
         q.format.levels.zero_()
     assert torch.equal(nf4lab.quantize(torch.ones(64), double_quant=True).dequantize(), expected)
+
+
+# --- configurations that can't be those of the files
+
+OVERDONE = [
+    ("Llama", {"num_hidden_layers": 10**9}, r"in/config\.json: num_hidden_layers is 1000000000, and there are 16"),
+    ("Llama", {"num_hidden_layers": -2}, r"in/config\.json: num_hidden_layers is -2"),
+    ("Llama", {"num_hidden_layers": "2"}, r"in/config\.json: transformers makes no model of it: .*num_hidden_layers"),
+    ("Llama", {"num_hidden_layers": 2.5}, r"in/config\.json: transformers makes no model of it: .*num_hidden_layers"),
+    ("Llama", {"hidden_size": 10**12}, r"in: tensor '.*' has shape \(.*\) in its file, \(.*0000.*\) by its"),
+    ("Llama", {"hidden_size": 10**40}, r"in/config\.json: transformers makes no model of it: "),
+    ("Llama", {"hidden_size": -64}, r"in/config\.json: transformers makes no model of it: "),
+    ("Llama", {"hidden_size": "wide"}, r"in/config\.json: transformers makes no model of it: .*hidden_size"),
+    ("Llama", {"vocab_size": 10**15}, r"in: tensor '.*' has shape \(128, 64\) in its file, \(10{15}, 64\) by"),
+    ("Llama", {"vocab_size": -1}, r"in/config\.json: transformers makes no model of it: "),
+    ("Llama", {"intermediate_size": 96}, r"in: tensor '.*mlp.*' has shape .*: transformers does not open it"),
+    ("Llama", {"num_attention_heads": 0}, r"in/config\.json: transformers makes no model of it: "),
+    ("Llama", {"hidden_act": "none"}, r"in/config\.json: transformers makes no model of it: "),
+    ("GPT-2", {"n_layer": 10**9}, r"in/config\.json: n_layer is 1000000000"),
+    ("T5", {"num_decoder_layers": 10**9}, r"in/config\.json: num_decoder_layers is 1000000000"),
+    (
+        "Mixtral",
+        {"num_local_experts": 10**9},
+        r"in: tensor '.*gate.weight' has shape \(4, 64\) in its file, \(10{9}, 64\)",
+    ),
+    ("Mixtral", {"num_local_experts": -4}, r"in/config\.json: transformers makes no model of it: "),
+    ("Switch Transformers", {"num_experts": 10**9}, r"no model of it: it has more than \d+ parameters, of which"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), OVERDONE, ids=[f"{n} {c}" for n, c, _ in OVERDONE])
+def test_a_configuration_that_can_not_be_the_files_is_refused_at_once(folder_of, tmp_path, name, changes, words):
+    folder, _ = folder_of(name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    before = time.process_time()
+    with pytest.raises(ValueError, match=words):
+        nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert time.process_time() - before < 20  # it takes one or two; what transformers would build takes days
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

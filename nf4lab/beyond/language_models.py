@@ -10,7 +10,9 @@ from torch import Tensor
 
 from nf4lab.beyond.calibration import calibrate
 from nf4lab.beyond.folding import fold_rotation_
+from nf4lab.checkpoints.architecture import architecture_of, matrices_of
 from nf4lab.checkpoints.convert import check_target
+from nf4lab.checkpoints.files import opened
 from nf4lab.checkpoints.folder import check_not_quantized, copy_others, read_config
 from nf4lab.checkpoints.partial import folder_appearing_whole
 from nf4lab.formats import Format
@@ -57,6 +59,8 @@ def quantize_language_model(
     if config is None:
         raise ValueError(f"{source} is not a folder with a config.json: a whole model is needed to rotate or calibrate")
     check_not_quantized(source, config, {})
+    with opened(source) as files:
+        architecture_of(source, config, matrices_of(files))  # raises for what transformers would hang on
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
     if rotate is not None:
         fold_rotation_(model, rotate)

@@ -9,6 +9,8 @@ import bisect
 import copy
 import logging
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,36 +19,49 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from nf4lab.choice import FUSED_EXPERTS, Candidate, candidates, candidates_by_name
+from nf4lab.blockwise import DTYPES
+from nf4lab.checkpoints.tensorfile import TensorFile
+from nf4lab.choice import FUSED_EXPERTS, Candidate, candidates, candidates_by_name, taken_apart
 
 # Models whose linear layers are Conv1D, which stores its weight transposed; no name tells them.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 # Heads that a class of transformers may add to what a folder holds: new layers, which no file can have in 4 bits.
 NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
+# Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
+N_LAYERS = re.compile(r"(num|n|encoder|decoder)_(\w+_)?layers?|depths?")
+SHARED = 1000  # layers that may share the tensors of one
 
 
 class Architecture(NamedTuple):
     """candidates: the matrices of a file, named by its keys. modules: the module of transformers' model by key.
 
     linear: the names of all layers that transformers would quantize or skip. known: whether transformers told.
+    closed: why it opens no file of this model in 4 bits, whatever is quantized; empty where it does.
     """
 
     candidates: list[Candidate]
     modules: dict[str, str]
     linear: list[str]
     known: bool
+    closed: str = ""
 
 
 def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[int, ...]]) -> Architecture:
     """The judgement of a folder's tensors, by names and shapes: those of floating point with two dimensions or more.
 
-    Raises ValueError where the model's type is known to store matrices transposed and transformers can't be asked.
+    Raises ValueError where the configuration can't be that of these tensors, where transformers knows its type and
+    makes no model of it, and where the type is known to store matrices transposed and transformers can't be asked.
     """
-    model = None if config is None else model_of(folder, config)
+    model = None
+    if config is not None:
+        _check_layers(folder, config, len(shapes))
+        with no_more_parameters_than(100 * (100 + len(shapes))):
+            model = model_of(folder, config)
     if model is not None:
-        return _by_model(model, shapes)
+        return _by_model(folder, model, shapes)
     if config is not None and config.get("model_type") in CONV1D:
         raise ValueError(
             f"{folder.name}: a {config['model_type']} stores its matrices transposed, and transformers, "
@@ -57,23 +72,70 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
     return Architecture(found, modules, list(modules.values()), known=False)
 
 
+def matrices_of(files: Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint that may be quantized: floats of two dimensions or more."""
+    entries = {name: entry for file in files for name, entry in file.entries.items()}
+    return {n: e.shape for n, e in entries.items() if len(e.shape) >= 2 and e.dtype in DTYPES}
+
+
+def _check_layers(folder: Path, config: dict, n_matrices: int) -> None:
+    """Raise ValueError for a number of layers that these tensors can't make; transformers would build them all."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(folder, value, n_matrices)
+        if not N_LAYERS.fullmatch(key):
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not 0 <= number <= SHARED + n_matrices:
+                raise ValueError(f"{folder / 'config.json'}: {key} is {number}, and there are {n_matrices} matrices")
+
+
 def model_of(folder: Path, config: dict) -> nn.Module | None:
-    """transformers' model for a config.json, on the meta device; None where it cannot make one."""
+    """transformers' model for a config.json, on the meta device; None where it is not installed or knows no such type.
+
+    Raises ValueError where a type that it knows makes no model.
+    """
     try:
         import transformers
     except ImportError:
+        return None
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING or "auto_map" in config:
         return None
     with quiet():
         try:
             values = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
+            if model_class is None and type(values) not in transformers.MODEL_MAPPING:
+                return None
             with torch.device("meta"):
                 if model_class is not None:
                     return model_class._from_config(values)
                 return transformers.AutoModel.from_config(values, trust_remote_code=False)
-        except Exception as error:  # whatever a class does with values that it does not expect
+        except ImportError as error:  # a library that this model needs, and that is not here
             logging.getLogger(__name__).debug("transformers makes no model of %s: %s", folder, error)
             return None
+        except Exception as error:  # whatever a class does with values that it does not expect
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{folder / 'config.json'}: transformers makes no model of it: {said:.300}") from error
+
+
+@contextmanager
+def no_more_parameters_than(most: int):
+    """Raise ValueError where more parameters are made in here, by this thread, for models."""
+    made, thread = 0, threading.get_ident()
+
+    def count(module, name, parameter):
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > most:
+            raise ValueError(f"it has more than {most} parameters, of which there is no sign in the files")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -87,15 +149,20 @@ def quiet():
         logging.disable(before)
 
 
-def _by_model(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architecture:
-    judged = candidates(model)
+def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architecture:
+    judged, state = candidates(model), model.state_dict()
     by_name = {name: c for c in judged for name in c.names}
     found, modules = [], {}
     for key, (place, converted) in _places(model, shapes).items():
         known = by_name.get(place) or by_name.get(place.removesuffix(".weight"))
         numel = torch.Size(shapes[key]).numel()
+        if not converted and place in state and state[place].shape != shapes[key]:
+            both = f"{tuple(shapes[key])} in its file, {tuple(state[place].shape)} by its config.json"
+            raise ValueError(f"{folder}: tensor {key!r} has shape {both}: transformers does not open it")
         if converted:
             found.append(Candidate((key,), "linear" if len(shapes[key]) == 2 else "experts", numel, CONVERTED))
+        elif known is None and place in state:
+            found.append(Candidate((key,), "other", numel, "nothing that is learned", always=True))
         elif known is None:
             found.append(Candidate((key,), "other", numel, "transformers has no place for it", always=True))
         else:
@@ -103,7 +170,7 @@ def _by_model(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architect
             found.append(replace(known, names=(key,), stays=stays, module=None))
             modules[key] = place.removesuffix(".weight")
     linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
-    return Architecture(found, modules, linear, known=True)
+    return Architecture(found, modules, linear, known=True, closed=taken_apart(model))
 
 
 def _places(model: nn.Module, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
@@ -161,7 +228,8 @@ def join(model: nn.Module, place: str, tensors: dict[str, Tensor]) -> dict[str, 
 def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:
     """transformers' list of modules to skip, such that it replaces the quantized ones among `linear` and no other.
 
-    A name skips every module that ends in it too; where that would be a quantized one, the name stands anchored.
+    A name skips every module that ends in it too; where that would be a quantized one, the name stands anchored. The
+    last part stands for several names that end in it, where it may: transformers tries the whole list on every module.
     """
     names = [name for name in linear if name not in quantized]
     forward, backward = sorted(quantized), sorted(name[::-1] for name in quantized)
@@ -170,6 +238,9 @@ def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:
         starts, ends = _first_from(forward, name), _first_from(backward, name[::-1])
         return starts == name or _first_from(forward, f"{name}.").startswith(f"{name}.") or ends.startswith(name[::-1])
 
+    ends = Counter(name.rpartition(".")[2] for name in names)
+    short = {end for end, n in ends.items() if n > 1 and not would_skip(end)}
+    names = [end if (end := name.rpartition(".")[2]) in short else name for name in names]
     listed = [f"^{re.escape(name)}$" if would_skip(name) else name for name in names]
     return sorted({*listed, *(head for head in NEW_HEADS if not would_skip(head))})
 

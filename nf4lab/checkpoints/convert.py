@@ -9,7 +9,7 @@ import torch
 
 from nf4lab.backends import choose as choose_backend
 from nf4lab.blockwise import DTYPES, quantize
-from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, skip_modules
+from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, matrices_of, skip_modules
 from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
 from nf4lab.checkpoints.folder import (
     check_not_quantized,
@@ -17,6 +17,7 @@ from nf4lab.checkpoints.folder import (
     not_for_bitsandbytes,
     quantization_config,
     read_config,
+    warn_of_widths,
     write_config,
 )
 from nf4lab.checkpoints.keys import parts_of
@@ -77,8 +78,7 @@ def quantize_checkpoint(
         folder = checkpoint_path(source).parent if is_folder else source
         config = read_config(folder) if is_folder else None
         check_not_quantized(folder, config, {n: str(e.dtype).removeprefix("torch.") for n, e in entries.items()})
-        shapes = {n: e.shape for n, e in entries.items() if len(e.shape) >= 2 and e.dtype in DTYPES}
-        judged = architecture_of(folder, config, shapes)
+        judged = architecture_of(folder, config, matrices_of(files))
         chosen, others = choose(judged.candidates, include, exclude, "tensors")
         shards = plan(files, chosen, how, limit, is_folder or limit is not None)
         if is_folder or limit is not None:
@@ -86,7 +86,11 @@ def quantize_checkpoint(
                 weights = {INDEX, *(file.path.name for file in files)}
                 left_out = copy_others(folder, partial, weights) if is_folder else []
                 if config is not None:
-                    write_config(partial, config, _words_for_it(judged, chosen, how))
+                    words = _words_for_it(judged, chosen, how)
+                    write_config(partial, config, words)
+                    if words["quant_method"] == "bitsandbytes":
+                        inputs = {c.names[0]: 0 if c.kind == "conv1d" else 1 for c in chosen}
+                        warn_of_widths({n: entries[n].shape[k] for n, k in inputs.items()}, how.block_size)
                 written = _write_shards(shards, files, partial, how, scheduler, bar)
         else:
             written, left_out = {target.name: write_shard(shards[0], target, how, files, bar)}, []
@@ -183,11 +187,17 @@ def _write_on_cluster(shards: list[Shard], folder: Path, how: How, scheduler: st
 def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How) -> dict:
     """The quantization_config: transformers' where it can read what is written, else nf4lab's with the reason."""
     quantized = {judged.modules[key] for c in chosen for key in c.names if key in judged.modules}
-    beyond = next((c for c in chosen if c.kind not in ("linear", "conv1d") or c.stays == CONVERTED), None)
-    ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant)
-    if not ours and beyond is not None:
-        ours = f"transformers reads no 4-bit {beyond.names[0]}: {beyond.stays or beyond.kind}"
+    reasons = ((c.names[0], _not_for_transformers(c)) for c in chosen)
+    beyond = next((f"transformers reads no 4-bit {name}: {reason}" for name, reason in reasons if reason), "")
+    ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant) or judged.closed or beyond
     return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours)
+
+
+def _not_for_transformers(candidate: Candidate) -> str:
+    """Why transformers can't read a candidate in 4 bits; empty where it can."""
+    if candidate.kind not in ("linear", "conv1d") or candidate.stays == CONVERTED:
+        return candidate.stays or candidate.kind
+    return candidate.barred
 
 
 def _what_stays(entries: dict[str, Entry], chosen: list[Candidate], others: list[tuple[Candidate, str]]) -> dict:

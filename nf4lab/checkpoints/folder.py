@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -133,6 +134,22 @@ def not_for_bitsandbytes(format: Format, block_size: int, double_quant: bool | D
     if format.name not in BITSANDBYTES_STATES.values() or double_quant not in (False, DoubleQuant()):
         return "bitsandbytes has no word for this format or its constants"
     return "" if block_size >= 32 else f"bitsandbytes takes blocks of 32 and more, not {block_size}"
+
+
+def warn_of_widths(widths: dict[str, int], block_size: int, stacklevel: int = 2) -> None:
+    """Warn of layers, by name with their number of inputs, that bitsandbytes decodes wrongly on some CPUs.
+
+    Seen in 0.50.2, on a CPU with AVX-512, for every number of inputs that is a multiple of 16 and not of the block.
+    """
+    wrong = {name: width for name, width in widths.items() if width % block_size and not width % 16}
+    if wrong:
+        name, width = next(iter(wrong.items()))
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        warnings.warn(
+            f"{name}{more}: rows of {width} weights hold no whole number of blocks of {block_size}; on CPUs with "
+            "AVX-512 bitsandbytes decodes them wrongly: after nf4lab.adopt_ they are right",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def quantization_config(format: Format, double_quant: bool | DoubleQuant, skip: Iterable[str], ours: str) -> dict:

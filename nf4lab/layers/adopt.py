@@ -1,5 +1,7 @@
 """bitsandbytes' layers and nf4lab's, one for the other, with the same bytes: nothing is quantized anew."""
 
+import warnings
+
 from torch import nn
 
 from nf4lab.blockwise import QuantizedTensor
@@ -7,6 +9,7 @@ from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, from_parts, parts_of
 from nf4lab.choice import transformers_models
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.swap import choose_layers, move_hook, replace_layer
+from nf4lab.peeks import CAST, peeked_at
 
 
 def adopt_(model: nn.Module) -> list[str]:
@@ -15,6 +18,8 @@ def adopt_(model: nn.Module) -> list[str]:
     Packed bytes, constants, bias, compute dtype and accelerate's hook are taken over; where bitsandbytes stores its
     bytes as another dtype, or repacked for the CPU, they are brought back to its file's order. All or nothing.
 
+    Warns where transformers casts a layer's input to its weight's dtype (see `nf4lab.peeks`): bitsandbytes' layer was
+    given bytes, and nf4lab's is given the numbers. What a model casts while it is loaded, as Swin v2 does, stays bytes.
     Raises ValueError, naming the layer, where one has no quantized weight yet or is the base of PEFT's adapters (adopt
     first, then add them), and where there is none.
     """
@@ -23,6 +28,7 @@ def adopt_(model: nn.Module) -> list[str]:
     for places, layer in made:
         move_hook(model.get_submodule(places[0]), layer)
         replace_layer(model, places, layer)
+    _warn_of_casts(model, names, "answers otherwise from now on, rightly but for what it cast while it was loaded")
     for _, part in transformers_models(model):
         _can_be_saved(part)
     return [places[0] for places in names]
@@ -31,6 +37,7 @@ def adopt_(model: nn.Module) -> list[str]:
 def release_(model: nn.Module) -> list[str]:
     """Put bitsandbytes' Linear4bit in the place of every one of nf4lab in `model`; returns the layers' names.
 
+    Warns as `adopt_`: such a layer is given bytes again, and the model answers wrongly.
     Raises ValueError, naming the layer, where bitsandbytes has no word for its format, and where there is none;
     ModuleNotFoundError without bitsandbytes. All or nothing.
     """
@@ -39,12 +46,23 @@ def release_(model: nn.Module) -> list[str]:
     for places, layer in made:
         move_hook(model.get_submodule(places[0]), layer)
         replace_layer(model, places, layer)
+    _warn_of_casts(model, names, "answers wrongly")
     return [places[0] for places in names]
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
     """Whether a layer is bitsandbytes' Linear4bit, told without importing it."""
     return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+
+
+def _warn_of_casts(model: nn.Module, names: list[list[str]], what: str) -> None:
+    """Warn of layers, among those replaced, that give other results for being bitsandbytes' or nf4lab's."""
+    asked = {name for name, why in peeked_at(model).items() if why == CAST}
+    cast = [places[0] for places in names if asked.intersection(places)]
+    if cast:
+        more = f" and of {len(cast) - 1} more" if len(cast) > 1 else ""
+        warnings.warn(f"transformers casts the input of {cast[0]!r}{more} to the weight's dtype, which in "
+                      f"bitsandbytes' layers is uint8: the model {what}", stacklevel=3)  # fmt: skip
 
 
 def _adopted(model: nn.Module, names: list[str]) -> Linear4bit:

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
 from nf4lab.checkpoints.architecture import skip_modules
-from nf4lab.checkpoints.folder import not_for_bitsandbytes, quantization_config
+from nf4lab.checkpoints.folder import not_for_bitsandbytes, quantization_config, warn_of_widths
 from nf4lab.choice import (
     EXCLUDED,
     NOT_INCLUDED,
     Candidate,
     Choice,
+    barred,
     candidates,
     choose,
     is_plain_linear,
+    taken_apart,
     transformers_models,
     warn_of_the_rest,
 )
@@ -89,8 +91,9 @@ def quantize_model_(
 
     Linear layers become Linear4bit, and so does the Conv1D of GPT-2; the three-dimensional parameters of fused experts
     become Experts4bit, and an embedding that a pattern names Embedding4bit. What stays: embeddings and what shares
-    their weight, output heads, routers, layers that transformers keeps in float32 or that `llm_int8_skip_modules` in
-    the model's configuration lists, adapters, and subclasses of torch.nn.Linear that compute something else. See
+    their weight, output heads, routers, layers that transformers keeps in float32, or whose weight its code looks at
+    past the layer (`nf4lab.peeks`), or that `llm_int8_skip_modules` in the model's configuration lists, adapters, and
+    subclasses of torch.nn.Linear that compute something else. See
     `nf4lab.choice`.
 
     include, exclude: patterns of dotted names ("*.attention.*"), or functions of (name, layer). A pattern of `include`
@@ -230,22 +233,25 @@ def write_quantization_config(model: nn.Module) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Stored4bit)}
     if not layers or not hasattr(model, "config"):
         return
-    reasons = (_not_for_transformers(name, layer) for name, layer in layers.items())
+    bar = barred(model)
+    reasons = (_not_for_transformers(name, layer, bar([name])) for name, layer in layers.items())
     first = next(iter(layers.values())).quantized
     linear = [name for c in candidates(model) if c.kind in ("linear", "conv1d") for name in c.names]
     skip = skip_modules([*linear, *layers], set(layers))
     is_double = not isinstance(first.stored_scale, Tensor)
-    ours = next(filter(None, reasons), "")
+    ours = next(filter(None, [taken_apart(model), *reasons]), "")
     model.config.quantization_config = quantization_config(first.format, is_double, skip, ours)
+    if not ours:
+        warn_of_widths({name: layer.quantized.shape[1] for name, layer in layers.items()}, first.block_size, 3)
     if any(isinstance(layer, Experts4bit) for layer in layers.values()):
         model._weight_conversions = []
 
 
-def _not_for_transformers(name: str, layer: Stored4bit) -> str:
-    """Why transformers can't read a layer from a file; empty where it can."""
+def _not_for_transformers(name: str, layer: Stored4bit, bar: str) -> str:
+    """Why transformers can't read a layer from a file; empty where it can. bar: what `nf4lab.choice.barred` says."""
     q = layer.quantized
-    if not isinstance(layer, Linear4bit):
-        return f"transformers reads no 4-bit {name}: {type(layer).__name__}"
+    if bar or not isinstance(layer, Linear4bit):
+        return f"transformers reads no 4-bit {name}: {bar or type(layer).__name__}"
     return not_for_bitsandbytes(q.format, q.block_size, getattr(q.stored_scale, "double_quant", False))
 
 
