@@ -7,13 +7,15 @@ those that answer; what does not answer is printed. With --check it writes nothi
 
 import argparse
 import datetime
+import functools
 import sys
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urldefrag
 
 import yaml
-from bs4 import BeautifulSoup
+from lxml import html
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE, LIST = ROOT / "_build" / "html", ROOT / "book" / "links.tsv"
@@ -22,9 +24,18 @@ HEAD = "# address\tlast seen (python book/links.py --visit)\n"
 AGENT = {"User-Agent": "Mozilla/5.0 (link check of a book)"}
 
 
-def parse(page: Path) -> BeautifulSoup:
-    """The page as a tree."""
-    return BeautifulSoup(page.read_text(), "html.parser")
+class Parsed(NamedTuple):
+    """What the elements of a page point to, and the places on it that can be pointed to."""
+
+    targets: list[str]
+    places: set[str]
+
+
+@functools.cache
+def parse(page: Path) -> Parsed:
+    """What a page has, read once."""
+    tree = html.document_fromstring(page.read_text())
+    return Parsed([target for name in ("href", "src") for target in tree.xpath(f"//@{name}")], set(tree.xpath("//@id")))
 
 
 def pages(site: Path) -> list[Path]:
@@ -32,14 +43,9 @@ def pages(site: Path) -> list[Path]:
     return sorted(path for path in site.rglob("*.html") if "_static" not in path.parts)
 
 
-def targets(page: Path) -> list[str]:
-    """What the page's elements point to."""
-    return [tag[name] for name in ("href", "src") for tag in parse(page).find_all(attrs={name: True})]
-
-
 def inside(page: Path) -> list[tuple[str, str]]:
     """(path, fragment) of every link of a page that stays in the book."""
-    near = [link for link in targets(page) if not link.startswith(("http:", "https:", "data:", "mailto:"))]
+    near = [link for link in parse(page).targets if not link.startswith(("http:", "https:", "data:", "mailto:"))]
     return [(unquote(path.partition("?")[0]), unquote(part)) for path, part in map(urldefrag, near)]
 
 
@@ -47,7 +53,7 @@ def outside(site: Path) -> set[str]:
     """Every address elsewhere that a page names, but for the project's own: it is not known before there is a home."""
     own = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"].removeprefix("https://")
     path = own.partition("/")[2]
-    far = {link for page in pages(site) for link in targets(page) if link.startswith(("http:", "https:"))}
+    far = {link for page in pages(site) for link in parse(page).targets if link.startswith(("http:", "https:"))}
     return {urldefrag(link)[0] for link in far if f"/{path}" not in link}
 
 
