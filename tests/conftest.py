@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -49,6 +50,13 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
+    """`opening` for one test."""
+    with opening(browser, address) as open_one:
+        yield open_one
+
+
+@contextmanager
+def opening(browser, address):
     """A function from (name, width, theme) to the page, ready, and a list of what went wrong.
 
     That is: script errors, what is missing, and requests that leave the book, all of which are refused. Folds are
