@@ -408,23 +408,35 @@ def test_a_copy_of_a_quantized_tensor_has_the_keys_of_bitsandbytes_in_a_file(tmp
         assert "w.quant_state.bitsandbytes__nf4" in safetensors.torch.load_file(tmp_path / "w.safetensors")
 
 
+# What is left of blocks where only that is kept which a rule of a kind depends on.
+KEPT = {
+    "magnitude": lambda blocks: blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)),
+    "range": lambda blocks: torch.stack([blocks.amin(dim=1), blocks.amax(dim=1)], dim=1),
+    "moments": lambda blocks: torch.stack([blocks.mean(dim=1) + sign * blocks.std(dim=1, correction=0)
+                                           for sign in (-1, 1)], dim=1),
+    "all": lambda blocks: blocks,
+}  # fmt: skip
+
+
+def depends_on(rule, blocks, kind):
+    """Whether a rule makes of what a kind keeps of blocks the constants that it makes of the blocks."""
+    found, expected = ([part for part in rule(values) if part is not None] for values in (KEPT[kind](blocks), blocks))
+    near = {"rtol": 0, "atol": 1e-6 if kind == "moments" else 0}  # mean and deviation are rounded on the way
+    return all(torch.allclose(*pair, **near) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", formats.NORMALIZATIONS)
 def test_a_rule_depends_on_what_its_row_says_and_makes_the_constants_that_it_says(name):
-    rule, blocks = formats.NORMALIZATIONS[name], normal(200, 16)
-    scale, location = rule.rule(blocks)
-    assert (location is not None) == rule.has_location
+    row, blocks = formats.NORMALIZATIONS[name], normal(200, 16)
+    assert row.depends_on in KEPT, f"{name}: depends_on is one of {', '.join(KEPT)}"
+    assert depends_on(row.rule, blocks, row.depends_on), f"{name}: {row.depends_on!r} keeps too little of a block"
+    less = [kind for kind in KEPT if kind != "all" and depends_on(row.rule, blocks, kind)]
+    assert row.depends_on != "all" or not less, f"{name}: its row may say depends_on={less[0]!r}, which theory can use"
+    scale, location = row.rule(blocks)
+    assert (location is not None) == row.has_location
     constants = [scale] if location is None else [scale, location]
-    assert any((part < 0).any() for part in constants) == rule.has_sign
-    alone = {
-        "magnitude": lambda: blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)),
-        "range": lambda: torch.stack([blocks.amin(dim=1), blocks.amax(dim=1)], dim=1),
-        "moments": lambda: torch.stack([scale, -scale], dim=1) + location[:, None],
-    }[rule.depends_on]()
-    found = [part for part in rule.rule(alone) if part is not None]
-    exact = rule.depends_on != "moments"
-    for part, expected in zip(found, constants, strict=True):
-        assert torch.equal(part, expected) if exact else torch.allclose(part, expected, atol=1e-6)
-    assert (len(scale.unique()) < 20) == rule.in_steps
+    assert any((part < 0).any() for part in constants) == row.has_sign
+    assert (len(scale.unique()) < 20) == row.in_steps
 
 
 def test_a_rule_of_ones_own_is_found_to_have_a_location_or_none():

@@ -22,14 +22,14 @@ def house(tmp_path):
 class House:
     def __init__(self, folder):
         self.folder, self.package = folder, folder / "nf4lab"
-        shutil.copytree(
-            ROOT / "nf4lab", self.package, ignore=shutil.ignore_patterns("__pycache__", "public", "manuals-*")
-        )
+        # with what numba has compiled: it knows its files by time and size, and compiles what is edited anew
+        left = shutil.ignore_patterns("*.pyc", "*.tmp.*", "public", "manuals-*")
+        shutil.copytree(ROOT / "nf4lab", self.package, ignore=left)
 
     def edit(self, file, old, new):
-        text = (self.package / file).read_text()
+        text = (self.folder / file).read_text()
         assert old in text, f"{file} has no {old!r} any more: CONTRIBUTING.md and this test say where to add"
-        (self.package / file).write_text(text.replace(old, new, 1))
+        (self.folder / file).write_text(text.replace(old, new, 1))
 
     def run(self, script):
         where = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
@@ -67,26 +67,26 @@ LAST_ROW = '    _row("iq4_nl", codebooks.iq4_nl, signed_absmax, torch.float16, e
 
 def test_a_row_of_the_table_is_a_format_everywhere(house):
     row = '    _row("mine", lambda: torch.linspace(-1, 1, 16)),\n'
-    house.edit("formats/table.py", LAST_ROW, LAST_ROW + row)
+    house.edit("nf4lab/formats/table.py", LAST_ROW, LAST_ROW + row)
     assert "mine" in house.run(EVERYWHERE)
 
 
 def test_a_rule_and_its_row_are_a_normalisation_everywhere(house):
     house.edit(
-        "formats/normalizations.py",
+        "nf4lab/formats/normalizations.py",
         "@dataclass(frozen=True)\nclass Normalization:",
         "def twice_absmax(blocks):\n    return 2 * blocks.abs().amax(dim=1), None\n\n\n"
         "@dataclass(frozen=True)\nclass Normalization:",
     )
     house.edit(
-        "formats/normalizations.py",
+        "nf4lab/formats/normalizations.py",
         '        Normalization(absmax, depends_on="magnitude"),\n',
         '        Normalization(absmax, depends_on="magnitude"),\n'
         '        Normalization(twice_absmax, depends_on="magnitude"),\n',
     )
     row = '    _row("mine", lambda: torch.linspace(-0.5, 0.5, 16), twice_absmax),\n'
-    house.edit("formats/table.py", LAST_ROW, LAST_ROW + row)
-    house.edit("formats/table.py", "import absmax,", "import twice_absmax, absmax,")
+    house.edit("nf4lab/formats/table.py", LAST_ROW, LAST_ROW + row)
+    house.edit("nf4lab/formats/table.py", "import absmax,", "import twice_absmax, absmax,")
     assert "mine" in house.run(EVERYWHERE)
     assert (
         house.run(
@@ -135,7 +135,7 @@ print("done")
 
 @pytest.mark.parametrize(("bits", "n_levels"), [(5, 32), (6, 50)])
 def test_a_width_more_is_one_number(house, bits, n_levels):
-    house.edit("formats/packing.py", "WIDTHS = (2, 3, 4, 8)", f"WIDTHS = (2, 3, 4, {bits}, 8)")
+    house.edit("nf4lab/formats/packing.py", "WIDTHS = (2, 3, 4, 8)", f"WIDTHS = (2, 3, 4, {bits}, 8)")
     assert (
         house.run(
             f"""
@@ -151,6 +151,82 @@ print("done")
         )
         == "done\n"
     )
+
+
+QUESTION = '''
+## Question 7. Halves (2 points)
+
+```{code-cell} ipython3
+:tags: [q7]
+def halved(w):
+    """Half of each weight."""
+    # BEGIN SOLUTION
+    half_of_each = 0.5 * w
+    return half_of_each
+    # END SOLUTION
+```
+
+```{code-cell} ipython3
+:tags: [q7, public, 1-point]
+def of_ones(env):
+    lab1.check_halved(feedback.given(env, "halved"), torch.ones(3))
+```
+
+```{code-cell} ipython3
+:tags: [q7, hidden, 1-point]
+def of_draws(env):
+    w = torch.randn(20, generator=torch.Generator().manual_seed(SEED))
+    lab1.check_halved(feedback.given(env, "halved"), w)
+```
+
+## Hand in
+'''
+COMPARED = '''
+
+def check_halved(f, w: Tensor) -> None:
+    """Half of each weight."""
+    causes = {"these are twice the weights": 2 * w}
+    feedback.close(feedback.call(f, w, others=OTHERS), w / 2, "halved(w)", FLOAT32, causes)
+'''
+MISTAKE = """
+MISTAKES["twice"] = "def halved(w):\\n    return 2 * w", 2, "Likely cause: these are twice the weights"
+"""
+MADE = """
+import sys, zipfile
+from pathlib import Path
+sys.path[:0] = ["labs", "tests"]
+import make_labs, pytest, test_labs
+assert make_labs.make("lab1", 2026) == ["labs/lab1/lab1.ipynb", "nf4lab/labs/public/lab1/q7.py"]
+given = Path("labs/lab1/lab1.ipynb").read_text()
+assert "Half of each weight" in given and "half_of_each" not in given
+assert "of_draws" in zipfile.ZipFile("_build/labs/lab1.zip").read("tests/q7.py").decode()
+test_labs.test_the_master_earns_all_points_with_any_seed("lab1", 1)
+test_labs.test_a_likely_mistake_loses_its_points_and_is_named("lab1", "twice")
+test_labs.test_nothing_of_a_solution_or_a_hidden_check_is_in_a_students_file("lab1")
+test_labs.test_only_lab_4_asks_for_a_gpu_and_every_lab_has_its_button_and_setup("lab1")
+guide = Path("labs/README.md")
+with pytest.raises(AssertionError):
+    test_labs.test_the_guide_tells_the_labs_minutes_and_points()
+guide.write_text(guide.read_text().replace("| 1 Levels | 75 | 20 |", "| 1 Levels | 75 | 22 |"))
+test_labs.test_the_guide_tells_the_labs_minutes_and_points()
+print("done")
+"""
+
+
+def test_a_question_is_handed_out_checked_and_graded_and_the_guide_is_asked_for_its_points(house):
+    pytest.importorskip("lab_submissions", reason="a copy for students has no masters")
+    others = shutil.ignore_patterns("lab[2-9]", "seed", "__pycache__")
+    for name in ("labs", "tests/mistakes", "nf4lab/labs/public/lab1"):
+        shutil.copytree(ROOT / name, house.folder / name, ignore=others)
+    (house.folder / "book").mkdir()
+    tests = [f"tests/{name}.py" for name in ("masters", "lab_submissions", "test_labs")]
+    for name in ("_config.yml", "book/make_notebooks.py", *tests):
+        shutil.copy(ROOT / name, house.folder / name)
+    house.edit("labs/lab1/master.md", "\n## Hand in\n", QUESTION)
+    house.edit("labs/lab1/master.md", "**Points** 20, in six questions", "**Points** 22, in seven questions")
+    for name, more in (("nf4lab/labs/lab1.py", COMPARED), ("tests/mistakes/lab1.py", MISTAKE)):
+        (house.folder / name).write_text((house.folder / name).read_text() + more)
+    assert house.run(MADE).endswith("done\n")
 
 
 def test_every_file_and_command_that_the_recipes_name_exists():
