@@ -77,9 +77,14 @@ def test_it_is_printed_where_a_page_or_its_style_is_newer(tmp_path, monkeypatch)
         os.utime(path, (0, 0))
 
 
+@pytest.fixture(scope="module")
+def soup():
+    """All pages in one document."""
+    return BeautifulSoup(make_pdf.document(), "lxml")
+
+
 @built
-def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside():
-    soup = BeautifulSoup(make_pdf.document(), "html.parser")
+def test_the_document_has_every_page_in_reading_order_and_its_links_lead_inside(soup):
     pages = [page for _, chapters in make_pdf.contents() for page in chapters]
     assert [section["id"] for section in soup.main.find_all("section", recursive=False)] == list(
         map(make_pdf.place, pages)
@@ -125,9 +130,8 @@ def test_every_line_of_the_contents_has_its_page_number(reader):
         assert squeezed(title) in squeezed(reader.pages[number - 1].extract_text())
 
 
-def test_no_line_of_code_or_output_is_cut_off_on_paper(reader):
+def test_no_line_of_code_or_output_is_cut_off_on_paper(reader, soup):
     paper = squeezed("".join(re.sub(r"\s*\d+\s*$", "", page.extract_text()) for page in reader.pages))
-    soup = BeautifulSoup(make_pdf.document(), "html.parser")
     lines = [line for block in soup.find_all("pre") for line in block.get_text().splitlines()]
     assert len(lines) > 2000
     assert not [line for line in lines if squeezed(line) not in paper]
