@@ -20,8 +20,8 @@ slides: $(BIN)/ready ## slides for a course of four weeks, from the built book; 
 
 test: export OMP_NUM_THREADS := 1
 test: book lint ## build the book, check style, run every test, a file at a time on each core
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/test_kernels_cuda.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/test_kernels_cuda.py
 
 lint: $(BIN)/ready ## ruff: style and format
 	$(BIN)/ruff check .
