@@ -146,6 +146,69 @@ def test_an_embedding_that_is_named_goes_into_4_bits_and_comes_back(tmp_path, wa
     assert torch.equal(outputs(again), outputs(model))
 
 
+def test_a_model_on_the_meta_device_whose_buffers_no_file_has_is_refused(tmp_path):
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "out")
+    with torch.device("meta"):
+        again = type(model)(model.config)
+    with pytest.raises(ValueError, match=r"buffer .model\.rotary_emb\.inv_freq. is on the meta device"):
+        nf4lab.load_model_(again, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_of_16_bits_computes_in_them_from_memory_from_a_folder_and_adopted(bitsandbytes, tmp_path, dtype):
+    dtype = getattr(torch, dtype)
+    model = make("Llama").to(dtype)
+    model.save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "folder")
+    model = type(model).from_pretrained(tmp_path / "in")  # `.to` has rounded what is no weight, too
+    nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "memory")
+    expected = outputs(model)
+    for way in ("folder", "memory"):
+        loaded = plainly(type(model).from_pretrained(tmp_path / way))
+        assert loaded.model.layers[0].mlp.up_proj.compute_dtype == dtype
+        assert torch.equal(outputs(loaded), expected)
+        nf4lab.adopt_(loaded)
+        assert torch.equal(outputs(loaded), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_after_a_pass_on_a_cpu_with_bfloat16_a_model_is_adopted_with_the_constants_that_it_has(
+    bitsandbytes, tmp_path, double_quant, dtype
+):
+    if not bitsandbytes.has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16")
+    make("Llama").to(dtype).save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", double_quant=double_quant)
+    fresh, model = (transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out") for _ in range(2))
+    nf4lab.adopt_(fresh)
+    outputs(model)
+    with pytest.warns(UserWarning, match="has rounded the constants of 'model.* and of 13 more to bfloat16"):
+        names = nf4lab.adopt_(model)
+    for name in names:
+        old, new = fresh.get_submodule(name).quantized, model.get_submodule(name).quantized
+        assert torch.equal(new.packed, old.packed)
+        if double_quant:  # quantized anew by bitsandbytes: a step of its 256 levels, at most 1/64 of the largest
+            torch.testing.assert_close(new.absmax, old.absmax, rtol=0, atol=old.absmax.max().item() / 32)
+        else:
+            assert torch.equal(new.absmax, old.absmax.bfloat16().float())
+
+
+def test_an_adopted_model_is_cast_and_a_released_one_is_transformers_quantized_again(bitsandbytes, tmp_path):
+    model = in_4_bits("Llama", tmp_path)
+    before = {mark: getattr(model, mark) for mark in ("hf_quantizer", "quantization_method", "is_quantized")}
+    nf4lab.adopt_(model)
+    assert outputs(model.to(torch.bfloat16)).dtype == torch.bfloat16
+    assert outputs(model.float()).dtype == torch.float32
+    nf4lab.release_(model)
+    assert {mark: getattr(model, mark) for mark in before} == before
+    with pytest.raises(ValueError, match="You cannot cast a bitsandbytes model"):
+        model.to(torch.bfloat16)
+
+
 def test_transformers_refuses_a_folder_that_is_nf4labs_own(tmp_path):
     model = make("Llama")
     nf4lab.quantize_model_(model, "int4")
@@ -321,16 +384,19 @@ def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():
 # --- Trainer
 
 
+KINDS = ("peft", "nf4lab", "adopted, peft", "adopted, nf4lab")
+
+
 def model_with_adapters(kind, folder):
-    """A tiny Llama in 4 bits with adapters on its two q_proj: PEFT's, nf4lab's, or PEFT's on an adopted model."""
+    """A tiny Llama in 4 bits, quantized here or adopted, with adapters on its two q_proj: PEFT's or nf4lab's."""
     torch.manual_seed(0)
-    if kind == "adopted":
+    if "adopted" in kind:
         model = in_4_bits("Llama", folder + "/in")
         nf4lab.adopt_(model)
     else:
         model = make("Llama")
         nf4lab.quantize_model_(model)
-    if kind == "nf4lab":
+    if "nf4lab" in kind:
         nf4lab.add_lora_(model, rank=4, include="*q_proj")
         return model
     import peft
@@ -374,7 +440,7 @@ RESUMED = """
 
 def test_what_trainer_saved_is_resumed_by_another_process_with_equal_bits(bitsandbytes, tmp_path):
     pytest.importorskip("peft")
-    folders, expected = {kind: str(tmp_path / kind) for kind in ("peft", "nf4lab", "adopted")}, []
+    folders, expected = {kind: str(tmp_path / kind) for kind in KINDS}, []
     for adapters, folder in folders.items():
         model = model_with_adapters(adapters, folder)
         before = digest_of_adapters(model)

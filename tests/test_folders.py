@@ -1,6 +1,7 @@
 """Folders that users have, through the conversion: what transformers makes of the result, and what is refused."""
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -11,11 +12,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import nf4lab
 from nf4lab.checkpoints import architecture, convert, plan
@@ -486,6 +489,44 @@ def test_copies_pickles_and_other_processes_keep_the_keys_of_a_file(tmp_path):
     subprocess.run([sys.executable, "-c", SPAWNED, tmp_path / "pickle", tmp_path / "c"], check=True)
     assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
     assert "w.quant_state.bitsandbytes__nf4" in safetensors.torch.load_file(tmp_path / "c")
+
+
+def keys_of(q, path):
+    """The file that holds q, as bytes."""
+    nf4lab.save_quantized(path, {"w": q})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("double_quant", [False, True, "linear8"])
+@pytest.mark.parametrize("format", nf4lab.FORMATS)
+def test_every_format_keeps_its_keys_through_every_way_to_be_sent(tmp_path, format, double_quant):
+    if double_quant and nf4lab.FORMATS[format].constants_dtype != torch.float32:
+        pytest.skip(f"{format} has constants of its own")
+    q = nf4lab.quantize(torch.randn(64, 64), format, double_quant=double_quant)
+    kept, stored = keys_of(q, tmp_path / "a"), io.BytesIO()
+    torch.save(q, stored)
+    stored.seek(0)
+    twins = [pickle.loads(pickle.dumps(q, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    twins += [torch.load(stored, weights_only=False), nf4lab.load_quantized(tmp_path / "a")["w"]]
+    twins += [replace(q, format=replace(q.format)), replace(q, format=copy.deepcopy(copy.copy(q.format)))]
+    for twin in twins:
+        assert twin.format == q.format and hash(twin.format) == hash(q.format)
+        assert keys_of(twin, tmp_path / "b") == kept
+    assert keys_of(nf4lab.quantize(q.dequantize(), twins[-1].format), tmp_path / "b") == keys_of(
+        nf4lab.quantize(q.dequantize(), format), tmp_path / "c"
+    )
+
+
+def test_a_format_is_what_its_levels_are_and_not_what_it_is_called(tmp_path):
+    levels, w = nf4lab.FORMATS["nf4"].levels, torch.randn(64, 64)
+    kept = keys_of(nf4lab.quantize(w), tmp_path / "a")
+    for same in (levels.double(), levels.tolist(), levels.numpy(), nn.Parameter(levels.clone())):
+        assert keys_of(nf4lab.quantize(w, nf4lab.Format("nf4", same)), tmp_path / "b") == kept
+    other = levels.clone()
+    other[3] += 0.01
+    q = nf4lab.quantize(w, nf4lab.Format("nf4", other))
+    assert b"bitsandbytes__nf4" not in keys_of(q, tmp_path / "c")
+    assert torch.equal(nf4lab.load_quantized(tmp_path / "c")["w"].dequantize(), q.dequantize())
 
 
 def test_writing_to_what_a_file_or_a_layer_hands_out_moves_no_level(tmp_path):

@@ -14,6 +14,7 @@ from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
 from nf4lab.checkpoints.folder import (
     check_not_quantized,
     copy_others,
+    dtype_of,
     not_for_bitsandbytes,
     quantization_config,
     read_config,
@@ -86,7 +87,7 @@ def quantize_checkpoint(
                 weights = {INDEX, *(file.path.name for file in files)}
                 left_out = copy_others(folder, partial, weights) if is_folder else []
                 if config is not None:
-                    words = _words_for_it(judged, chosen, how)
+                    words = _words_for_it(judged, chosen, how, dtype_of(config))
                     write_config(partial, config, words)
                     if words["quant_method"] == "bitsandbytes":
                         inputs = {c.names[0]: 0 if c.kind == "conv1d" else 1 for c in chosen}
@@ -184,13 +185,13 @@ def _write_on_cluster(shards: list[Shard], folder: Path, how: How, scheduler: st
     return written
 
 
-def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How) -> dict:
+def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How, dtype: str | None) -> dict:
     """The quantization_config: transformers' where it can read what is written, else nf4lab's with the reason."""
     quantized = {judged.modules[key] for c in chosen for key in c.names if key in judged.modules}
     reasons = ((c.names[0], _not_for_transformers(c)) for c in chosen)
     beyond = next((f"transformers reads no 4-bit {name}: {reason}" for name, reason in reasons if reason), "")
     ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant) or judged.closed or beyond
-    return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours)
+    return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours, dtype)
 
 
 def _not_for_transformers(candidate: Candidate) -> str:

@@ -136,6 +136,13 @@ def not_for_bitsandbytes(format: Format, block_size: int, double_quant: bool | D
     return "" if block_size >= 32 else f"bitsandbytes takes blocks of 32 and more, not {block_size}"
 
 
+def dtype_of(config: dict) -> str | None:
+    """The dtype that a config.json, or a part of it, gives the model; None where it says nothing."""
+    own = config.get("dtype") or config.get("torch_dtype")
+    parts = (dtype_of(part) for part in config.values() if isinstance(part, dict))
+    return str(own).removeprefix("torch.") if own else next(filter(None, parts), None)
+
+
 def warn_of_widths(widths: dict[str, int], block_size: int, stacklevel: int = 2) -> None:
     """Warn of layers, by name with their number of inputs, that bitsandbytes decodes wrongly on some CPUs.
 
@@ -152,13 +159,20 @@ def warn_of_widths(widths: dict[str, int], block_size: int, stacklevel: int = 2)
         )
 
 
-def quantization_config(format: Format, double_quant: bool | DoubleQuant, skip: Iterable[str], ours: str) -> dict:
-    """What config.json says of the quantization: in transformers' words, or in nf4lab's where `ours` gives a reason."""
+def quantization_config(
+    format: Format, double_quant: bool | DoubleQuant, skip: Iterable[str], ours: str, dtype: str | None = None
+) -> dict:
+    """What config.json says of the quantization: in transformers' words, or in nf4lab's where `ours` gives a reason.
+
+    dtype: of the model; in one of 16 bits bitsandbytes is to compute, too, as it would by itself, and as `Linear4bit`
+    does. Where nothing is said, transformers has it compute in float32.
+    """
     if ours:
         return {"quant_method": "nf4lab", "format": format.name, "reason": ours}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": dtype if dtype in ("float16", "bfloat16") else "float32",
         "bnb_4bit_quant_type": format.name,
         "bnb_4bit_use_double_quant": bool(double_quant),
         "llm_int8_skip_modules": list(skip),

@@ -26,8 +26,8 @@ def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     joined: their values are the file's, their constants stored in full. Weights that the file lacks because they are
     tied are tied again.
 
-    Raises ValueError, naming the tensor, where the model has no place for it, another shape, or a parameter that the
-    file lacks; the model is then as it was.
+    Raises ValueError, naming the tensor, where the model has no place for it, another shape, a parameter that the
+    file lacks, or a buffer on the meta device that no file has; the model is then as it was.
     """
     stored = dict(iterate_quantized(path))
     if next(transformers_models(model), ("no", None))[0] == "":
@@ -104,6 +104,11 @@ def _check(model: nn.Module, plain: dict[str, Tensor], in_4_bits: set[str]) -> N
             raise ValueError(f"tensor {name!r} has shape {shapes}")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     may_lack = [*tied, *(getattr(model, "_tied_weights_keys", None) or [])]
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in state:
+            raise ValueError(
+                f"the model's buffer {name!r} is on the meta device, and no file has it: make the model off it"
+            )
     for name in state.keys() - plain.keys() - in_4_bits:
         if not matches(name, may_lack):
             raise ValueError(f"the checkpoint has no tensor {name!r}, which the model needs")

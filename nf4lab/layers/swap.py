@@ -240,7 +240,9 @@ def write_quantization_config(model: nn.Module) -> None:
     skip = skip_modules([*linear, *layers], set(layers))
     is_double = not isinstance(first.stored_scale, Tensor)
     ours = next(filter(None, [taken_apart(model), *reasons]), "")
-    model.config.quantization_config = quantization_config(first.format, is_double, skip, ours)
+    computed = next((layer.compute_dtype for layer in layers.values() if isinstance(layer, Linear4bit)), None)
+    dtype = str(computed or first.dtype).removeprefix("torch.")
+    model.config.quantization_config = quantization_config(first.format, is_double, skip, ours, dtype)
     if not ours:
         warn_of_widths({name: layer.quantized.shape[1] for name, layer in layers.items()}, first.block_size, 3)
     if any(isinstance(layer, Experts4bit) for layer in layers.values()):
