@@ -70,6 +70,22 @@ def test_what_bitsandbytes_wrote_is_adopted_and_released_with_the_same_answers(b
     assert torch.equal(outputs(plainly(model)), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layers_on_a_gpu_are_adopted_and_released_there(double_quant):
+    bnb = pytest.importorskip("bitsandbytes.nn")
+    settings = dict(compute_dtype=torch.bfloat16, compress_statistics=double_quant, quant_type="nf4")
+    model = nn.Sequential(bnb.Linear4bit(512, 256, bias=False, **settings)).cuda()
+    x = torch.randn(3, 512, dtype=torch.bfloat16, device="cuda")
+    before, kept = model(x), {key: part.clone() for key, part in model.state_dict().items()}
+    assert nf4lab.adopt_(model) == ["0"] and isinstance(model[0], nf4lab.Linear4bit)
+    assert {part.device.type for part in model.state_dict().values()} == {"cuda"}
+    assert (model(x) - before).abs().max() <= 2**-7 * before.abs().max()
+    nf4lab.release_(model)
+    assert all(torch.equal(part, kept[key]) for key, part in model.state_dict().items())
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FUSED])
 def test_a_quantized_model_is_saved_and_opened_by_transformers(bitsandbytes, tmp_path, name):
     model = make(name)

@@ -619,7 +619,7 @@ def test_error_feedback_gives_the_references_bits(name, width):
     block[6, ::3] = -0.0
     x = torch.randn(1000, width, generator=generator) @ torch.randn(width, width, generator=generator)
     factor, format = feedback.feedback_factor(x.T @ x), nf4lab.FORMATS[name]
-    block, factor = block.to(DEVICE), factor.to(DEVICE)
+    block, factor = block.to(DEVICE), factor.to(DEVICE).contiguous()
     constants = feedback.Constants.of(block, format, format.scale_of_tensor(block))
     ours, theirs = (
         encode(block, factor, format, constants) for encode in (feedback._encode_on_a_gpu, feedback._encode)

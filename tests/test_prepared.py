@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nf4lab.kernels import cuda
-from nf4lab.kernels.cuda import fused, launch, ops, prepared
+from nf4lab.kernels.cuda import crossover, fused, launch, ops, prepared
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 not_simulated = pytest.mark.skipif(launch.SIMULATOR, reason="the simulator launches in its own way")
@@ -58,6 +58,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(fused, "processors", lambda device: 132)
     monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
     monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(crossover, "table_for", lambda device: crossover.H200)
     monkeypatch.setattr(ops, "launch", as_checked)
     monkeypatch.setattr(ops, "_gemv_op", ops._run_gemv)
     monkeypatch.setattr(ops, "_dequantize_op", ops._run_dequantize)

@@ -183,7 +183,8 @@ def _from_bitsandbytes(packed: Tensor, state: dict, parts: dict[str, Tensor], na
         _check_levels(parts[".nested_quant_map"], MAPS["dynamic8"].levels, "nested_quant_map")
         scheme = DoubleQuant(group_size=state["nested_blocksize"])
         number = _checked_number(state["nested_offset"])
-        offset = torch.tensor(number, dtype=torch.float32, device="cpu") if n_blocks else None
+        device = parts[".absmax"].device
+        offset = torch.tensor(number, dtype=torch.float32, device=device) if n_blocks else None
         scale = _constants(parts[".absmax"], parts[".nested_absmax"], offset, n_blocks, scheme)
     return QuantizedTensor(packed, scale, None, format, shape, dtype, block_size)
 
@@ -291,7 +292,7 @@ def _checked_number(value: object) -> float:
 
 
 def _check_levels(stored: Tensor, expected: Tensor, what: str) -> None:
-    if stored.dtype != expected.dtype or not torch.equal(stored.reshape(-1), expected):
+    if stored.dtype != expected.dtype or not torch.equal(stored.reshape(-1).cpu(), expected):
         raise ValueError(f"the {what} is not the published one; got {stored.numel()} {stored.dtype} beginning with "
                          f"{stored.reshape(-1)[:3].tolist()}")  # fmt: skip
 
