@@ -1,6 +1,6 @@
 """Adapters that start at zero, where the error is (LoftQ), or at the weights' largest part (PiSSA), seed by seed.
 
-    python benchmarks/starts.py [--seeds 3] [--steps 8] [--results FILE]      five minutes of one core
+    python benchmarks/starts.py [--seeds 3] [--steps 32] [--results FILE]      a quarter of an hour of one core
 
 writes nf4lab/models/records/starts.json, anew after every run. Model, texts and learning rate are chapter 10's
 (benchmarks/fine_tune.py); the bases are NF4 and, for an error that a start can take something of, four levels made by
@@ -68,7 +68,7 @@ def train(model, seed: int, steps: int, rows, test, of_words) -> list[tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--results", type=Path, default=RECORDS / "starts.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
