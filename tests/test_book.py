@@ -40,11 +40,11 @@ CAPTIONS = r"""() => [...document.querySelectorAll("main .cell_output img")].map
   const next = image.closest("div.cell").nextElementSibling;
   return next && next.matches("p") && next.querySelector("em") ? next.innerText : "";
 })"""
-# Code has thousands of words, and axe-core takes seconds to find the contrast of them all. Of those that look alike,
-# letters and all that is behind them, the first stays in sight for it.
+# Code and lists of names have thousands of words, and axe-core takes seconds to find the contrast of them all. Of those
+# that look alike, letters and all that is behind them, the first stays in sight for it.
 ALIKE = r"""() => {
   const seen = new Set();
-  for (const word of document.querySelectorAll(".highlight span")) {
+  for (const word of document.querySelectorAll("main :is(span, a)")) {
     if (word.children.length) continue;
     const looks = [];
     for (let around = word; around; around = around.parentElement) {
