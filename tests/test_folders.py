@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +23,7 @@ from torch import nn
 
 import nf4lab
 from nf4lab.checkpoints import architecture, convert, plan
+from nf4lab.checkpoints.folder import dtype_of
 from nf4lab.checkpoints.keys import parts_of
 from nf4lab.choice import skips
 
@@ -103,6 +105,69 @@ def test_a_name_that_would_skip_a_quantized_layer_stands_anchored():
     skip = architecture.skip_modules(linear, {"layer.1.score", "layer.1.mlp"})
     assert {name for name in linear if skips(skip, name)} == {"score", "layer.1", "a.fc"}
     assert "a.fc" in skip and "^score$" in skip and "lm_head" in skip
+
+
+def test_a_part_that_ends_several_names_stands_for_them_where_it_skips_no_quantized_layer():
+    linear = [f"block.{k}.{part}" for k in range(3) for part in ("wi", "wo", "q", "two")]
+    quantized = {name for name in linear if name.endswith((".wi", ".two"))} | {"block.1.q"}
+    skip = architecture.skip_modules(linear, quantized)
+    assert {name for name in linear if skips(skip, name)} == set(linear) - quantized
+    assert {"block.0.q", "block.2.q"} <= set(skip) and sum("wo" in name for name in skip) == 3  # "two" ends in it
+    short = architecture.skip_modules(linear, quantized - {f"block.{k}.two" for k in range(3)})
+    assert {"wo", "two"} <= set(short) and len(short) == 4 + len(architecture.NEW_HEADS)
+
+
+# Numbers of inputs that bitsandbytes decodes wrongly in blocks of that size, and others that it decodes rightly.
+WIDTHS = [(96, 64, True), (160, 64, True), (96, 32, False), (48, 32, True), (128, 64, False), (98, 64, False)]
+
+
+@pytest.mark.parametrize(("width", "block_size", "is_wrong"), WIDTHS)
+def test_rows_of_no_whole_number_of_blocks_are_warned_of_where_bitsandbytes_errs(
+    bitsandbytes, tmp_path, width, block_size, is_wrong
+):
+    config = ARCHITECTURES["Llama"][2] | dict(intermediate_size=width)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model.save_pretrained(tmp_path / "in")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", block_size=block_size)
+        nf4lab.quantize_model_(model, block_size=block_size)
+    said = [str(w.message) for w in caught if "whole number of blocks" in str(w.message)]
+    where = [f"model.layers.0.mlp.down_proj{end} and 1 more: rows of {width} weights" for end in (".weight", "")]
+    assert [message.partition(" hold")[0] for message in said] == (where if is_wrong else [])
+    if "avx512f" in Path("/proc/cpuinfo").read_text():  # what the warning says of bitsandbytes, on such a CPU
+        w = torch.randn(64, width)
+        packed, state = bitsandbytes.quantize_4bit(w, quant_type="nf4", blocksize=block_size)
+        right = nf4lab.quantize(w, block_size=block_size).dequantize()
+        assert torch.equal(bitsandbytes.dequantize_4bit(packed, state), right) != is_wrong
+
+
+def test_a_transposed_matrix_is_warned_of_by_its_inputs(tmp_path):
+    config = ARCHITECTURES["GPT-2"][2] | dict(n_inner=96)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).save_pretrained(tmp_path / "in")
+    with pytest.warns(UserWarning, match="h.0.mlp.c_proj.weight and 1 more: rows of 96 weights"):
+        nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_what_is_no_parameter_has_a_reason_of_its_own(folder_of, tmp_path):
+    folder, _ = folder_of("BART")
+    counts = nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert counts["kept"]["final_logits_bias"] == "nothing that is learned"
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "float32"),
+        ({"dtype": "torch.bfloat16"}, "bfloat16"),
+        ({}, None),
+    ],
+)
+def test_the_dtype_of_a_model_is_read_from_its_configuration_or_a_part_of_it(config, dtype):
+    assert dtype_of(config) == dtype
 
 
 def test_experts_named_are_quantized_and_the_folder_says_that_it_is_nf4labs_own(folder_of, tmp_path):
