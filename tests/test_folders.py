@@ -622,6 +622,8 @@ OVERDONE = [
     ("Llama", {"intermediate_size": 96}, r"in: tensor '.*mlp.*' has shape .*: transformers does not open it"),
     ("Llama", {"num_attention_heads": 0}, r"in/config\.json: transformers makes no model of it: "),
     ("Llama", {"hidden_act": "none"}, r"in/config\.json: transformers makes no model of it: "),
+    ("Marian", {"max_position_embeddings": 10**9}, r"max_position_embeddings is 1000000000, and there are \d+ weights"),
+    ("GPT-2", {"n_positions": 10**9}, r"in/config\.json: n_positions is 1000000000"),
     ("GPT-2", {"n_layer": 10**9}, r"in/config\.json: n_layer is 1000000000"),
     ("T5", {"num_decoder_layers": 10**9}, r"in/config\.json: num_decoder_layers is 1000000000"),
     (
@@ -632,6 +634,13 @@ OVERDONE = [
     ("Mixtral", {"num_local_experts": -4}, r"in/config\.json: transformers makes no model of it: "),
     ("Switch Transformers", {"num_experts": 10**9}, r"no model of it: it has more than \d+ parameters, of which"),
 ]
+
+
+def test_a_rotary_model_of_very_many_positions_is_quantized(folder_of, tmp_path):
+    folder, _ = folder_of("Llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**12}))
+    assert nf4lab.quantize_checkpoint(folder, tmp_path / "out")["quantized"] == 14
 
 
 @pytest.mark.parametrize(("name", "changes", "words"), OVERDONE, ids=[f"{n} {c}" for n, c, _ in OVERDONE])

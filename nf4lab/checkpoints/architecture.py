@@ -8,6 +8,7 @@ refused.
 import bisect
 import copy
 import logging
+import math
 import re
 import threading
 from collections import Counter
@@ -32,6 +33,7 @@ NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
 # Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
 N_LAYERS = re.compile(r"(num|n|encoder|decoder)_(\w+_)?layers?|depths?")
+N_POSITIONS = re.compile(r"(max|n)_(\w+_)?position(s|_embeddings)")
 SHARED = 1000  # layers that may share the tensors of one
 
 
@@ -57,7 +59,7 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
     """
     model = None
     if config is not None:
-        _check_layers(folder, config, len(shapes))
+        _check_sizes(folder, config, len(shapes), sum(map(math.prod, shapes.values())))
         with no_more_parameters_than(100 * (100 + len(shapes))):
             model = model_of(folder, config)
     if model is not None:
@@ -78,11 +80,19 @@ def matrices_of(files: Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:
     return {n: e.shape for n, e in entries.items() if len(e.shape) >= 2 and e.dtype in DTYPES}
 
 
-def _check_layers(folder: Path, config: dict, n_matrices: int) -> None:
-    """Raise ValueError for a number of layers that these tensors can't make; transformers would build them all."""
+def _check_sizes(folder: Path, config: dict, n_matrices: int, n_weights: int) -> None:
+    """Raise ValueError for more layers, or more positions with a vector each, than these tensors can be of.
+
+    transformers would build all the layers, and some models compute a vector for each position, one number at a time.
+    """
+    is_rotary = any("rope" in key or "rotary" in key for key in config)
     for key, value in config.items():
         if isinstance(value, dict):
-            _check_layers(folder, value, n_matrices)
+            _check_sizes(folder, value, n_matrices, n_weights)
+        if N_POSITIONS.fullmatch(key) and not is_rotary and isinstance(value, int) and value > n_weights:
+            raise ValueError(
+                f"{folder / 'config.json'}: {key} is {value}, and there are {n_weights} weights in matrices"
+            )
         if not N_LAYERS.fullmatch(key):
             continue
         for number in value if isinstance(value, list) else [value]:
