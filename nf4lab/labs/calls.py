@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import random
 import sys
@@ -212,6 +213,11 @@ def usual_state():
         np.random.set_state(numbers[1])  # noqa: NPY002
         random.setstate(numbers[2])
         np.seterr(**floats)
+
+
+def before(others: Mapping[str, Callable], name: str) -> dict[str, Callable]:
+    """The functions that stand before this one: an answer stands on earlier questions, and is lent no later one."""
+    return dict(itertools.takewhile(lambda item: item[0] != name, others.items()))
 
 
 @contextlib.contextmanager

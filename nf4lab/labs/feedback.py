@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nf4lab.labs.calls import (
     Mistake,
+    before,
     beside,
     call,
     copied,
@@ -34,10 +35,8 @@ from nf4lab.labs.calls import (
 )  # fmt: skip
 
 __all__ = [
-    "Cases", "Mistake", "beside", "call", "close", "copied", "describe", "forgiving", "given", "has", "number", "pair",
-    "plain",
-    "put_aside",
-    "same", "standing_in", "test_case", "that", "usual_state",
+    "Cases", "Mistake", "before", "beside", "call", "close", "copied", "describe", "forgiving", "given", "has",
+    "number", "pair", "plain", "put_aside", "same", "standing_in", "test_case", "that", "usual_state",
 ]  # fmt: skip
 Causes = Mapping[
     str, object
@@ -116,7 +115,7 @@ def same(got, expected, what: str, causes: Causes | None = None) -> None:
             raise Mistake(_first_difference(got, expected, wrong, what) + odd, _likely(got, causes))
         _not_odd(odd, what)
         return
-    number = plain(got)
+    number = plain(got.tolist() if isinstance(expected, tuple) and isinstance(got, Tensor | np.ndarray) else got)
     if type(number) is bool or isinstance(number, Tensor | np.ndarray) or not _is(number, expected):
         raise Mistake(f"{what}: expected {expected}, got {describe(got)}", _likely(number, causes))
 

@@ -13,7 +13,7 @@ from nf4lab.labs import feedback
 
 FLOAT32 = 1e-6  # of the largest level: a few float32 roundings, for formulas that are equal on paper
 norm = scipy.stats.norm
-OTHERS = {  # what a question may stand on
+OTHERS = {  # what later questions may stand on, in the questions' order
     "nearest": lambda w, levels: torch.bucketize(w, (levels[:-1] + levels[1:]) / 2).to(torch.uint8),
     "nf4": lambda tail=codebooks.TAIL: codebooks.nf4(tail),
 }
@@ -38,7 +38,7 @@ def check_symmetric(f, *cases: tuple[float, int]) -> None:
                 DESCENDING: expected.flip(0),
                 "divided by m + 1; m is 2**(bits - 1) - 1": torch.arange(-m, m + 1) * (absmax / (m + 1)),
             }
-            got = feedback.call(f, absmax, bits, others=OTHERS)
+            got = feedback.call(f, absmax, bits, others=feedback.before(OTHERS, "nearest"))
             compared.close(got, expected, f"symmetric({absmax:g}, {bits})", FLOAT32, causes)
 
 
@@ -57,7 +57,7 @@ def check_min_max(f, *cases: tuple[float, float, int]) -> None:
                 "they start at 0: add low": i * ((high - low) / (n - 1)),
                 DESCENDING: expected.flip(0),
             }
-            got = feedback.call(f, low, high, n, others=OTHERS)
+            got = feedback.call(f, low, high, n, others=feedback.before(OTHERS, "nearest"))
             compared.close(got, expected, f"min_max({low:g}, {high:g}, {n})", FLOAT32, causes)
 
 
@@ -87,7 +87,7 @@ def check_nearest(f, w: Tensor, levels: Tensor) -> None:
         "codes count from 0, not from 1": expected.int() + 1,
         "this is the rounding of even levels; these levels are not even": even.round().clamp(0, last),
     }
-    feedback.same(feedback.call(f, w, levels, others=OTHERS), expected, "codes", causes)
+    feedback.same(feedback.call(f, w, levels, others=feedback.before(OTHERS, "nearest")), expected, "codes", causes)
 
 
 def check_equal_shares(f, *sizes: int) -> None:
@@ -107,7 +107,7 @@ def check_equal_shares(f, *sizes: int) -> None:
                 "divided by the largest: here the levels stay in standard deviations": expected / expected.max(),
                 DESCENDING: expected.flip(0),
             }
-            got = feedback.call(f, n, others=OTHERS)
+            got = feedback.call(f, n, others=feedback.before(OTHERS, "nf4"))
             compared.close(got, expected, f"equal_shares({n})", FLOAT32, causes)
 
 
@@ -115,7 +115,7 @@ def check_normal_float(f, *tails: float) -> None:
     """Eight quantiles above zero, seven below, zero between them, over the largest."""
     with feedback.Cases() as compared:
         for tail in tails:
-            got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
+            got, expected = feedback.call(f, tail, others=feedback.before(OTHERS, "nf4")), codebooks.nf4(tail)
             causes = _normal_float_causes(tail, expected)
             compared.close(got, expected, f"normal_float({tail:.7g})", FLOAT32, causes)
 
@@ -154,7 +154,7 @@ def check_nf4(f, *tails: float) -> None:
         for tail in tails:
             upper, lower = (torch.linspace(tail, 0.5, k)[:-1].double().numpy() for k in (9, 8))
             late = np.concatenate([-norm.ppf(lower), [0.0], norm.ppf(upper)[::-1]]) / norm.ppf(upper[0])
-            got, expected = feedback.call(f, tail, others=OTHERS), codebooks.nf4(tail)
+            got, expected = feedback.call(f, tail, others=feedback.before(OTHERS, "nf4")), codebooks.nf4(tail)
             causes = {
                 "rounded to float32 after the division: round the quantiles first": _float(late),
                 "NumPy's float32 `linspace`: its points are not torch's": _by_numpy(tail, np.float32),

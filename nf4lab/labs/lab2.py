@@ -43,7 +43,7 @@ def bits(n: int, block_size: int) -> float:
     return 8 * ((n + 1) // 2 + 4 * -(-n // block_size)) / n
 
 
-OTHERS = {  # what a question may stand on
+OTHERS = {  # what later questions may stand on, in the questions' order
     "block_absmax": lambda w, block_size: blocks_of(w, block_size).abs().amax(dim=1),
     "encode": _encode,
     "pack": lambda codes: pack(codes, pad=7),
@@ -57,7 +57,7 @@ def check_absmax(f, w: Tensor, block_size: int) -> None:
     """The largest magnitude of each block."""
     blocks = blocks_of(w, block_size)
     expected = blocks.abs().amax(dim=1)
-    got = feedback.call(f, w, block_size, others=OTHERS)
+    got = feedback.call(f, w, block_size, others=feedback.before(OTHERS, "block_absmax"))
     flat = w.float().reshape(-1)
     causes = {
         "this is the largest value, not the largest magnitude": [
@@ -90,7 +90,7 @@ def beside_boundaries(n_blocks: int, generator: torch.Generator) -> Tensor:
 def check_encode(f, w: Tensor, block_size: int) -> None:
     """Codes and absmax, as the package and bitsandbytes have them."""
     expected = _encode(w, block_size)
-    got = feedback.call(f, w, block_size, others=OTHERS)
+    got = feedback.call(f, w, block_size, others=feedback.before(OTHERS, "encode"))
     codes, absmax = feedback.pair(got, 2, "encode: expected two tensors, codes and absmax")
     feedback.same(absmax, expected[1], "absmax", {"codes and absmax have changed places": expected[0]})
     feedback.same(codes, expected[0], "codes", _encode_causes(w, *expected, block_size))
@@ -136,7 +136,7 @@ def check_pack(f, codes: Tensor) -> None:
         "one code a byte: nothing is packed yet": codes,
         "added without a shift: the high code moves up by four bits": even[0::2] + even[1::2],
     }
-    feedback.same(feedback.call(f, codes, others=OTHERS), pack(codes, pad=7), "packed", causes)
+    feedback.same(feedback.call(f, codes, others=feedback.before(OTHERS, "pack")), pack(codes, pad=7), "packed", causes)
 
 
 def check_unpack(f, packed: Tensor, n: int) -> None:
@@ -148,7 +148,9 @@ def check_unpack(f, packed: Tensor, n: int) -> None:
         "one code too many: the last byte may hold only one, cut to n": unpack(packed, 2 * packed.numel()),
         "the high nibble is not shifted down": torch.stack([packed & 240, low], dim=1).reshape(-1)[:n],
     }
-    feedback.same(feedback.call(f, packed, n, others=OTHERS), unpack(packed, n), "codes", causes)
+    feedback.same(
+        feedback.call(f, packed, n, others=feedback.before(OTHERS, "pack")), unpack(packed, n), "codes", causes
+    )
 
 
 def check_decode(f, w: Tensor, block_size: int) -> None:
@@ -169,7 +171,7 @@ def check_decode(f, w: Tensor, block_size: int) -> None:
             values * scale.roll(k) for k in (block_size, -block_size)
         ],
     }
-    got = feedback.call(f, packed, absmax, n, block_size, others=OTHERS)
+    got = feedback.call(f, packed, absmax, n, block_size, others=feedback.before(OTHERS, "decode"))
     feedback.same(got, values * scale, "weights", causes)
 
 
@@ -191,7 +193,7 @@ def check_bits(f, *cases: tuple[int, int]) -> None:
                 "the constants are not counted": [4.0, 8 * ((n + 1) // 2) / n],
                 "two codes share a byte": 8 * (n + 4 * n_blocks) / n,
             }
-            got = feedback.call(f, n, block_size, others=OTHERS)
+            got = feedback.call(f, n, block_size, others=feedback.before(OTHERS, "bits_per_weight"))
             # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
             compared.close(got, bits(n, block_size), f"bits_per_weight({n}, {block_size})", 1e-9, causes)
 

@@ -83,15 +83,15 @@ def _added_error(w: Tensor, bits: int) -> float:
     )
 
 
-OTHERS = {  # what a question may stand on
-    "quantize_constants": _quantize_constants,
-    "dequantize_constants": _dequantize_constants,
-    "bits_per_weight": _bits_per_weight,
-    "best_scale": _best_scale,
-    "added_error": _added_error,
+OTHERS = {  # what later questions may stand on, in the questions' order
     "encode": _encode,
     "decode": _decode,
     "block_absmax": _absmax,
+    "quantize_constants": _quantize_constants,
+    "dequantize_constants": _dequantize_constants,
+    "bits_per_weight": _bits_per_weight,
+    "added_error": _added_error,
+    "best_scale": _best_scale,
 }
 
 
@@ -109,7 +109,7 @@ def real(generator: torch.Generator) -> Tensor:
 def check_quantize_constants(f, absmax: Tensor, bits: int, group_size: int) -> None:
     """Offset, absmax of the groups, codes."""
     scaled, group_absmax, offset = _scaled(absmax, bits, group_size)
-    got = feedback.call(f, absmax, bits, group_size, others=OTHERS)
+    got = feedback.call(f, absmax, bits, group_size, others=feedback.before(OTHERS, "quantize_constants"))
     codes, got_absmax, got_offset = feedback.pair(got, 3, "quantize_constants: expected codes, group absmax and offset")
     centred = absmax - offset
     groups = [absmax[i : i + group_size] for i in range(0, len(absmax), group_size)]
@@ -180,7 +180,9 @@ def check_dequantize_constants(f, absmax: Tensor, bits: int, group_size: int) ->
         "not divided by M": signed * scale + offset,
         "not multiplied by the group's absmax": signed / m + offset,
     }
-    got = feedback.call(f, codes, group_absmax, offset, bits, group_size, others=OTHERS)
+    got = feedback.call(
+        f, codes, group_absmax, offset, bits, group_size, others=feedback.before(OTHERS, "dequantize_constants")
+    )
     feedback.close(got, expected, "constants", FLOAT32, causes)
 
 
@@ -213,7 +215,7 @@ def check_bits(f, *cases: tuple[int, int, int, int]) -> None:
                 ),
                 "these are bytes: a byte has 8 bits": expected / 8,
             }
-            got = feedback.call(f, n, block_size, bits, group_size, others=OTHERS)
+            got = feedback.call(f, n, block_size, bits, group_size, others=feedback.before(OTHERS, "bits_per_weight"))
             what = f"bits_per_weight({n}, {block_size}, {bits}, {group_size})"
             # 1e-9: far below what one bit more or less in all of a tensor would change, far above float64's rounding
             compared.close(got, expected, what, 1e-9, causes)
@@ -235,7 +237,7 @@ def check_added_error(f, *cases: tuple[Tensor, int]) -> None:
                 "the other way round: coarse over exact": 1 / (expected + 1) - 1,
                 "this is the error of the constants: asked for is that of the weights": nf4lab.mse(absmax, coarse),
             }
-            got = feedback.call(f, w, bits, others=OTHERS)
+            got = feedback.call(f, w, bits, others=feedback.before(OTHERS, "added_error"))
             # 2 %: the rounding of a few constants that lie half-way between two codes, and float32 sums
             compared.close(got, expected, f"added_error with {bits} bits", 0.02, causes)
 
@@ -243,7 +245,7 @@ def check_added_error(f, *cases: tuple[Tensor, int]) -> None:
 def check_best_scale(f, w: Tensor, block_size: int, factors: list[float]) -> None:
     """For each block, the multiple of its absmax that has the least squared error."""
     expected, absmax = _best_scale(w, block_size, factors), _absmax(w, block_size)
-    got = feedback.call(f, w, block_size, factors, others=OTHERS)
+    got = feedback.call(f, w, block_size, factors, others=feedback.before(OTHERS, "best_scale"))
     scales = torch.stack([absmax * factor for factor in factors])
     errors = torch.stack([block_errors(w, scale, block_size) for scale in scales])
     best, worst = (chosen[None] for chosen in (errors.argmin(dim=0), errors.argmax(dim=0)))

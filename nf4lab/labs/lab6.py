@@ -63,7 +63,7 @@ def _correct(w: Tensor, H: Tensor, block_size: int, early=False, eliminate=True,
     return codes, torch.stack(constants, dim=1)
 
 
-OTHERS = {  # what a question may stand on
+OTHERS = {  # what later questions may stand on, in the questions' order
     "second_moments": _moments,
     "output_error": _error,
     "round_column": _round_column,
@@ -87,7 +87,7 @@ def check_moments(f: Callable, seed: int) -> None:
             centred.T @ centred / len(x), centred.T @ centred / (len(x) - 1)
         ],
     }  # fmt: skip
-    got = feedback.call(f, x, others=OTHERS)
+    got = feedback.call(f, x, others=feedback.before(OTHERS, "second_moments"))
     feedback.close(got, _moments(x), f"second_moments of {len(x)} inputs", FLOAT64, causes)
 
 
@@ -111,7 +111,7 @@ def check_output_error(f: Callable, seed: int) -> None:
                     (d @ H * d).sum() / (w_hat @ H * w_hat).sum()
                 ).item(),
             }  # fmt: skip
-            got = feedback.call(f, w, w_hat, H, others=OTHERS)
+            got = feedback.call(f, w, w_hat, H, others=feedback.before(OTHERS, "output_error"))
             compared.close(got, _error(w, w_hat, H), "output_error", FLOAT64, causes)
 
 
@@ -119,7 +119,7 @@ def check_round_column(f: Callable, seed: int) -> None:
     """Codes of a column, and what they stand for."""
     w = case(seed, rows=40)[0]
     column, absmax = w[:, 3].contiguous(), w.abs().amax(dim=1)
-    got = feedback.call(f, column, absmax, others=OTHERS)
+    got = feedback.call(f, column, absmax, others=feedback.before(OTHERS, "round_column"))
     codes, values = feedback.pair(got, 2, "round_column: expected two tensors, codes and values")
     expected = _round_column(column, absmax)
     whole = torch.bucketize(column / column.abs().max(), BOUNDARIES)
@@ -150,7 +150,7 @@ def check_damped_inverse(f: Callable, seed: int) -> None:
             ),
         }
         given = H.clone()
-        got = feedback.call(f, given, others=OTHERS)
+        got = feedback.call(f, given, others=feedback.before(OTHERS, "damped_inverse"))
         feedback.close(got, _damped_inverse(H), f"damped_inverse, from {len(x)} inputs", FLOAT64 * 10, causes)
 
 
@@ -161,7 +161,7 @@ def check_pass_on(f: Callable, seed: int) -> None:
     for i in range(j):
         P = _pass_on(w, P, i, w[:, i])[1]
     error = 0.1 * case(seed + 1)[0][:, j]
-    got = feedback.call(f, w.clone(), P.clone(), j, error, others=OTHERS)
+    got = feedback.call(f, w.clone(), P.clone(), j, error, others=feedback.before(OTHERS, "pass_on"))
     new, rest = feedback.pair(got, 2, "pass_on: expected two tensors, the new w and the new P")
     expected_w, expected_P = _pass_on(w, P, j, error)
     change = expected_w - w
@@ -192,7 +192,7 @@ def check_correct(f: Callable, seed: int, block_size: int) -> None:
     """Codes and absmax of a matrix, with errors passed on."""
     w, x = case(seed, columns=64)
     H = _moments(x)
-    got = feedback.call(f, w.clone(), H.clone(), block_size, others=OTHERS)
+    got = feedback.call(f, w.clone(), H.clone(), block_size, others=feedback.before(OTHERS, "correct"))
     codes, absmax = feedback.pair(got, 2, "correct: expected two tensors, codes and absmax")
     expected = _correct(w, H, block_size)
     variants = {

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 SIMPLE = (bool, int, float, str)
-MOST_BYTES = 2**28  # of one message
 
 
 @dataclass(frozen=True)

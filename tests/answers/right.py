@@ -590,3 +590,254 @@ def output_error(a, b, moments):
 def round_column(column, absmax):
     codes = (column[:, None] / absmax[:, None] > boundaries).sum(1)
     return codes.to(torch.uint8), levels[codes] * absmax
+
+
+# %% lab1 q1 a lambda
+symmetric = lambda absmax, bits: torch.linspace(-absmax, absmax, 2**bits - 1)
+
+
+# %% lab1 q1 places only, hints, a default, and what is left over
+def min_max(low: "float", high: "float", n: "int" = 16, /, *others) -> "torch.Tensor":
+    return torch.lerp(torch.full((n,), float(low)), torch.full((n,), float(high)), torch.linspace(0, 1, n))
+
+
+# %% lab1 q2 an object that can be called
+class Nearest:
+    def __call__(self, w, levels):
+        return sum((w > edge).byte() for edge in (levels[1:] + levels[:-1]) / 2)
+
+
+nearest = Nearest()
+
+
+# %% lab1 q2 a function with some of its arguments filled in
+from functools import partial
+
+
+def _nearest(right, w, levels):
+    return torch.bucketize(w, levels[:-1].add(levels[1:]).div(2), right=right).type(torch.uint8)
+
+
+nearest = partial(_nearest, False)
+
+
+# %% lab1 q3 remembered from call to call
+from functools import lru_cache
+
+
+@lru_cache(maxsize=None)
+def equal_shares(n):
+    return torch.from_numpy(norm.ppf(np.linspace(1, 2 * n - 1, n) / (2 * n)).astype(np.float32))
+
+
+# %% lab1 q4 decorated, and a view against the grain
+@torch.no_grad()
+def normal_float(tail):
+    up, down = (norm.ppf(tail - np.arange(k) * (tail - 0.5) / k) for k in (8, 7))
+    return torch.tensor(np.r_[up, 0, -down[::-1]] / up[0]).float().flip(0).view(-1)
+
+
+# %% lab1 q5 a class method by another name
+class Levels:
+    @classmethod
+    def of(cls, tail=0.9677083):
+        q = lambda n: torch.as_tensor(norm.ppf(torch.linspace(tail, 0.5, n).numpy())[:-1]).float()
+        both = torch.hstack([-q(8), torch.zeros(1), q(9).flipud()])
+        return both / both[-1]
+
+
+nf4 = Levels.of
+
+
+# %% lab1 q6 pairs of error and tail
+def best_tail(w, tails):
+    rows = w.reshape(-1, 64).double()
+    top = rows.abs().max(dim=1, keepdim=True)[0]
+
+    def errors():
+        for tail in tails:
+            table = nf4(tail)
+            codes = nearest((rows / top).float().flatten(), table)
+            yield ((table[codes.long()].view_as(rows) * top - rows) ** 2).mean().item(), tail
+
+    return np.float64(sorted(errors())[0][1])
+
+
+# %% lab2 q1 pooling
+def block_absmax(w, block_size):
+    return F.max_pool1d(w.abs().reshape(1, 1, -1), block_size, ceil_mode=True).squeeze()
+
+
+# %% lab2 q2 a named tuple, and codes of another type
+from collections import namedtuple
+
+Encoded = namedtuple("Encoded", "codes absmax")
+
+
+def encode(w, block_size):
+    absmax = block_absmax(w, block_size)
+    inverse = torch.zeros_like(absmax)
+    inverse[absmax != 0] = 1 / absmax[absmax != 0]
+    scaled = w.reshape(-1) * torch.repeat_interleave(inverse, block_size)[: w.numel()]
+    return Encoded(torch.searchsorted(boundaries, scaled).byte(), absmax)
+
+
+# %% lab2 q3 hexadecimal digits
+def unpack(packed, n):
+    return torch.tensor([int(digit, 16) for digit in bytes(packed.tolist()).hex()][:n], dtype=torch.uint8)
+
+
+# %% lab2 q3 bytes
+def pack(codes):
+    digits = "".join(f"{code:x}" for code in codes.tolist())
+    return torch.frombuffer(bytearray.fromhex(digits + "7" * (len(digits) % 2)), dtype=torch.uint8)
+
+
+# %% lab2 q4 an embedding
+def decode(packed, absmax, n, block_size):
+    values = F.embedding(unpack(packed, n).int(), levels[:, None]).squeeze(1)
+    return values.mul(absmax.unsqueeze(1).expand(-1, block_size).reshape(-1)[:n])
+
+
+# %% lab2 q6 a dictionary of errors
+def best_block_size(w, budget):
+    errors = {}
+    for power in range(12, 3, -1):
+        size = 1 << power
+        if bits_per_weight(w.numel(), size) > budget:
+            break
+        codes, absmax = encode(w, size)
+        back = decode(pack(codes), absmax, w.numel(), size)
+        errors[size] = torch.dist(back.double(), w.flatten().double()).item()
+    return min(errors, key=errors.get)
+
+
+# %% lab3 q1 scattered, with a maximum
+def quantize_constants(absmax, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    rest = absmax - (offset := absmax.mean())
+    group = torch.arange(len(rest)).div(group_size, rounding_mode="floor")
+    top = torch.zeros(int(group[-1]) + 1).scatter_reduce(0, group, rest.abs(), "amax")
+    unit = torch.where(top[group] == 0, 0.0, rest / top[group])
+    return torch.round(unit * M).add(M).to(torch.uint8), top, offset
+
+
+# %% lab3 q2 a sum and a product in one
+def dequantize_constants(codes, group_absmax, offset, bits, group_size):
+    M = 2 ** (bits - 1) - 1
+    group = torch.arange(len(codes)) // group_size
+    return torch.addcmul(offset.expand(len(codes)), (codes.float() - M) / M, group_absmax[group])
+
+
+# %% lab3 q4 the library's error
+def added_error(w, bits):
+    scales = [block_absmax(w, 64)]
+    scales.append(dequantize_constants(*quantize_constants(*scales, bits, 256), bits, 256))
+    codes, exact = encode(w, scales[0], 64), w.flatten().double()
+    errors = [F.mse_loss(decode(codes, scale, 64).double(), exact) for scale in scales]
+    return float((errors[1] - errors[0]) / errors[0])
+
+
+# %% lab4 q2 an array of two
+def least_bytes(n, block_size):
+    return np.array([(n + 1) // 2 + 4 * (1 + (n - 1) // block_size), 2 * n])
+
+
+# %% lab4 q5 a loop of strides over the grid
+@cuda.jit
+def v1(packed, absmax, levels, out):
+    for i in range(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, packed.size, cuda.gridsize(1)):
+        (byte, scale) = (packed[i], absmax[i // 32])
+        out[2 * i] = levels[byte >> 4] * scale
+        if 2 * i < out.size - 1:
+            out[2 * i + 1] = levels[byte & 15] * scale
+
+
+# %% lab4 q8 counted, and inlined
+@cuda.jit(device=True, inline="always")
+def code_of(s, boundaries):
+    n = 0
+    for k in range(len(boundaries)):
+        n += s > boundaries[k]
+    return n
+
+
+# %% lab5 q2 its context set up beside it
+class FourBitMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(x, packed, absmax, shape):
+        return torch.matmul(x, decode(packed, absmax, shape, x.dtype).t())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, packed, absmax, ctx.shape = inputs
+        ctx.save_for_backward(packed, absmax)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.matmul(decode(*ctx.saved_tensors, ctx.shape, grad.dtype)), None, None, None
+
+
+# %% lab5 q5 each parent in turn
+def adapt(model, make):
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child.__class__ is nn.Linear:
+                parent._modules[name] = make(child)
+
+
+# %% lab5 q6 NumPy's numbers
+def training_bytes(model):
+    live, still = np.int64(0), np.int64(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.requires_grad:
+            live += tensor.untyped_storage().nbytes()
+        else:
+            still += tensor.untyped_storage().nbytes()
+    return still, 4 * live
+
+
+# %% lab5 q7 the optimizer calls for the loss
+def finetune(model, batches, lr):
+    adam = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
+    losses = []
+
+    def closure():
+        adam.zero_grad()
+        logits = model(ids[:, :-1])
+        loss = F.nll_loss(logits.log_softmax(dim=2).reshape(-1, logits.shape[2]), ids[:, 1:].reshape(-1))
+        loss.backward()
+        return loss
+
+    for ids in batches:
+        losses += [adam.step(closure).item()]
+    return tuple(losses)
+
+
+# %% lab6 q4 by Cholesky
+def damped_inverse(H):
+    damped = H.clone()
+    damped.diagonal().add_(0.01 * H.trace() / len(H))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+# %% lab6 q5 outer products, in place
+def pass_on(w, P, j, error):
+    row, pivot = P[j].clone(), P[j, j].clone()
+    w[:, j + 1 :].addr_(error, row[j + 1 :] / pivot, alpha=-1)
+    P -= torch.outer(P[:, j].clone(), row) / pivot
+    return w, P
+
+
+# %% lab6 q6 columns in a list, and the rest is never cut
+def correct(w, H, block_size):
+    w, P, columns, tops = w.clone(), damped_inverse(H), [], []
+    for j in range(w.shape[1]):
+        if not j % block_size:
+            tops += [w[:, j : j + block_size].abs().max(1).values]
+        codes, values = round_column(w[:, j].clone(), tops[-1])
+        columns.append(codes)
+        w, P = pass_on(w, P, j, w[:, j] - values)
+    return [torch.stack(columns, 1), torch.stack(tops, 1)]
