@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import io
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -26,16 +27,21 @@ import sandbox
 import selftest
 import tables
 from intake import Submission
-from judge import Job, grade_one, job_of
+from judge import Job, grade_one, job_of, not_graded
 from sandbox import Limits
 from tqdm import tqdm
+
+from nf4lab.__main__ import Stopped, listen
 
 
 def grade_here(files: dict[str, bytes], job: Job, jobs: int):
     """Rows as they come, from processes on this machine."""
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for future in as_completed([pool.submit(grade_one, name, data, job) for name, data in files.items()]):
             yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for the rest where a signal ends the batch
 
 
 def grade_on_cluster(files: dict[str, bytes], job: Job, address: str):
@@ -45,9 +51,10 @@ def grade_on_cluster(files: dict[str, bytes], job: Job, address: str):
     with distributed.Client(address) as client, zipped_programs() as programs:
         client.upload_file(programs)
         shared = client.scatter(job, broadcast=True)
-        futures = [client.submit(grade_one, name, data, shared, pure=False) for name, data in files.items()]
+        futures = {client.submit(grade_one, name, data, shared, pure=False): name for name, data in files.items()}
         for future in distributed.as_completed(futures):
-            yield future.result()
+            error = future.exception()  # the cluster's: grade_one raises none
+            yield not_graded(futures[future], job, f"{type(error).__name__}: {error}") if error else future.result()
 
 
 class zipped_programs:
@@ -69,7 +76,10 @@ class zipped_programs:
 
 
 def rows_of(found: dict[str, Submission], job: Job, work, report: tables.Report, pages: Path) -> list[dict]:
-    """All rows: those of an earlier run, and new ones, each saved as it comes."""
+    """All rows: those of an earlier run, and new ones, each saved as it comes.
+
+    What the grader has failed on is tried once more at the end, and again by the next run.
+    """
     digests = {name: tables.digest(name, one.data) for name, one in found.items()}
     done = report.done()
     rows = [done[digests[name]] for name in found if digests[name] in done]
@@ -78,8 +88,14 @@ def rows_of(found: dict[str, Submission], job: Job, work, report: tables.Report,
         if one.data is None and digests[name] not in done:
             row = grade_one(name, b"", job) | {"outcome": f"unreadable: no notebook among {', '.join(one.files)[:200]}"}
             rows.append(_saved(row, one, digests[name], report))
-    for row in tqdm(work(files) if files else (), total=len(files), unit="notebook", desc=job.lab):
-        rows.append(_saved(row, found[row["student"]], digests[row["student"]], report))
+    new = {}
+    for what in (job.lab, "once more"):
+        for row in tqdm(work(files) if files else (), total=len(files), unit="notebook", desc=what):
+            new[row["student"]] = _saved(row, found[row["student"]], digests[row["student"]], report)
+        files = {name: data for name, data in files.items() if not new[name]["graded"]}
+        if not files:
+            break
+    rows += new.values()
     for row in rows:
         tables.write_page(row, pages, job.lab)
     return sorted(rows, key=lambda row: row["student"])
@@ -123,7 +139,28 @@ def arguments_of(arguments: list[str] | None):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser, given = arguments_of(arguments)
+    """Grade. Returns the exit status: 1 where the grader has failed on some, 2 where it can't grade, 128 + a signal."""
+    before = listen()
+    try:
+        return grade(*arguments_of(arguments))
+    except KeyboardInterrupt:
+        return _stopped(signal.SIGINT)
+    except Stopped as stopped:
+        return _stopped(*stopped.args)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(number: int) -> int:
+    sandbox.end_all()
+    name = signal.Signals(number).name
+    print(f"stopped by {name}; rows are saved, so the same command goes on from here", file=sys.stderr)
+    return 128 + number
+
+
+def grade(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    """Grade what the command line names; the exit status."""
     limits = Limits(given.seconds, given.cell_seconds, given.question_seconds, given.memory_gb)
     try:
         job = job_of(given.lab, limits, given.container, given.grader)
@@ -147,8 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     rows = rows_of(found, job, work, report, given.table.with_name(f"{given.table.stem}-feedback"))
     tables.write_table(rows, given.table)
+    listed = roster.find_all(found) if roster else {}
     for row in rows:
-        row["listed"] = roster.find(found[row["student"]]) if roster else None
+        row["listed"] = listed.get(row["student"])
     summarize(rows, given.table, time.monotonic() - start)
     if roster:
         about_roster(rows, roster)
@@ -159,7 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         print(f"for {given.format}: {target}")
-    return 0
+    left = [row["student"] for row in rows if not row["graded"]]
+    if left:
+        print(f"NOT graded ({len(left)}): {tables.clean('; '.join(left))}. The same command tries them again")
+    return 1 if left else 0
 
 
 def summarize(rows: list[dict], table: Path, seconds: float) -> None:

@@ -4,9 +4,9 @@
     moodle             Grades -> Import -> CSV: one column that tells the student, one with points
     moodle-worksheet   Assignment -> Upload grading worksheet: the worksheet that was downloaded, with grades filled in
 
-Students who handed in nothing are left as they are. Rules: Canvas' importer takes its header's first line, more than
-three columns, "Section" last of the fixed ones, and matches by ID, SIS user, login, then name. Moodle's gives up the
-whole file at an unknown user, takes "-" for no grade, and wants UTF-8.
+Students who handed in nothing, and those on whom the grader has failed, are left as they are. Rules: Canvas' importer
+takes its header's first line, more than three columns, "Section" last of the fixed ones, and matches by ID, SIS user,
+login, then name. Moodle's gives up the whole file at an unknown user, takes "-" for no grade, and wants UTF-8.
 """
 
 import csv
@@ -24,6 +24,7 @@ def write(kind: str, rows: list[dict], roster: Roster, target: Path, assignment:
 
     Raises ValueError where the roster lacks what the system needs.
     """
+    rows = [row for row in rows if row["graded"]]
     header, lines = {"canvas": canvas, "moodle": moodle, "moodle-worksheet": worksheet}[kind](rows, roster, assignment)
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -14,6 +14,7 @@ import re
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,7 @@ class Submission:
 
     student: str
     number: str = ""  # Canvas' user, or Moodle's participant
+    column: str = ""  # the roster's, which has that number
     data: bytes | None = None
     attempt: tuple = ()
     late: bool = False
@@ -57,14 +59,21 @@ class Roster:
         """The column whose heading is one of these, whatever the case."""
         return next((head for name in names for head in self.header if head.strip().lower() == name), None)
 
+    def find_all(self, submissions: dict[str, Submission]) -> dict[str, dict[str, str] | None]:
+        """The roster's row of each; nobody's where two would have the same, since one of them bears a foreign name."""
+        found = {name: self.find(one) for name, one in submissions.items()}
+        claimed = Counter(id(row) for row in found.values())
+        return {name: row if claimed[id(row)] == 1 else None for name, row in found.items()}
+
     def find(self, submission: Submission) -> dict[str, str] | None:
-        """The student's row: by number where the files carry one, else by name, e-mail or login."""
-        keys = {submission.number, f"Participant {submission.number}"} if submission.number else set()
-        for column in ("id", "identifier"):
-            head = self.column(column)
-            found = [row for row in self.rows if head and row[head] in keys]
-            if found:
-                return found[0]
+        """The student's row: by number where files and roster have one, else by name, e-mail or login.
+
+        A number that the roster does not know is nobody's, whatever name comes with it: names are the students' own.
+        """
+        head = self.column(submission.column) if submission.number else None
+        if head:
+            keys = {submission.number, f"Participant {submission.number}"}
+            return next((row for row in self.rows if row[head].strip() in keys), None)
         wanted = spelled(submission.student)
         for column in (*IDS, *NAMES):
             head = self.column(column)
@@ -159,11 +168,11 @@ def identify(name: str, date: tuple) -> Submission | None:
     path = PurePosixPath(name)
     if found := _moodle(path):
         is_file = found["kind"] == "file"
-        return Submission(found["name"], found["id"], attempt=(date, name)) if is_file else None
+        return Submission(found["name"], found["id"], "identifier", attempt=(date, name)) if is_file else None
     if found := CANVAS.fullmatch(path.name):
         again = re.search(r"-(\d{1,9})\.\w+$", found["file"])
         attempt = (int(found["attempt"]), int(again[1]) if again else 0)
-        return Submission(found["name"], found["id"], attempt=attempt, late=bool(found["late"]))
+        return Submission(found["name"], found["id"], "id", attempt=attempt, late=bool(found["late"]))
     owner = path.parts[0] if len(path.parts) > 1 else path.stem
     return Submission(COPY.sub("", owner) or owner, attempt=(date, name))
 

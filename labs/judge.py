@@ -5,7 +5,6 @@ Nothing here knows of a folder or a table, so that it runs alike on this machine
 
 import contextlib
 import json
-import os
 import time
 import zipfile
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import sandbox
 from inside.wire import KILL, STATE, TASK, VALUE, Line
-from sandbox import Limits
+from sandbox import STARTING, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 20 * 2**20  # of a notebook, without its outputs
-STARTING = 300  # seconds until a submission has everything loaded
-MOST_NOTES = 1000  # that a submission's process may tell
+MOST_NOTES = 1000  # that a submission's process may tell before the questions
 MOST_ASKED_BACK = 100_000  # calls of other questions' functions in one question
+MOST_ASKED_BYTES = 2**21  # of the arguments of such a call: over three times the largest matrix of a check
 
 
 @dataclass(frozen=True)
@@ -67,19 +66,38 @@ def cases(source: str) -> list:
 
 
 def grade_one(name: str, notebook: bytes, job: Job) -> dict:
-    """One submission's row and report. Never raises: what goes wrong is the outcome."""
+    """One submission's row and report. Never raises: what goes wrong is the outcome.
+
+    Where it is the grader that failed, the row has no points, and `graded` is False.
+    """
     start = time.monotonic()
     conversation = Conversation(job)
     try:
         conversation.run(notebook)
+    except Failed as failed:
+        conversation.failed = str(failed)
     except Exception as error:
-        conversation.ended = conversation.ended or f"grader error: {type(error).__name__}: {error}"
-    row = conversation.row()
-    return row | {"student": name, "seconds": round(time.monotonic() - start, 1)}
+        conversation.failed = f"{type(error).__name__}: {error}"
+    return conversation.row() | {"student": name, "seconds": round(time.monotonic() - start, 1)}
+
+
+def not_graded(name: str, job: Job, why: str) -> dict:
+    """The row of a submission that the grader, for this reason, has not graded."""
+    conversation = Conversation(job)
+    conversation.failed = why
+    return conversation.row() | {"student": name, "seconds": 0.0}
+
+
+class Failed(Exception):
+    """The grader, or this machine, has failed: that is no mark of the student's."""
 
 
 class Gone(Exception):
     """The submission can't answer any more: the question's process has ended, was late, or all of it has."""
+
+
+# what no answer makes of a check, so that it is no finding about one
+GRADERS_OWN = (Failed, Gone, MemoryError, OSError, ImportError)
 
 
 class Conversation:
@@ -89,6 +107,8 @@ class Conversation:
         self.job, self.ended, self.layers, self.peak, self.cpu = job, "", [], 0, 0.0
         self.notes, self.errors, self.names, self.results = [], [], None, {}
         self.unreadable, self.line, self.finished = "", None, False
+        self.failed, self.began, self.told = "", False, 0  # the grader itself; the submission's cells; their words
+        self.over = False  # nothing is asked any more
 
     def run(self, notebook: bytes) -> None:
         """Have the notebook's cells run, then make each question's checks."""
@@ -114,10 +134,18 @@ class Conversation:
         try:
             self.talk(text)
         except Gone as gone:
-            self.ended = self.ended or str(gone) or "ended itself"
+            self.ended = self.ended or str(gone)
         finally:
-            self.hear_the_end()
-            running.end()
+            try:
+                running.hang_up()
+                self.hear_the_end()
+            finally:
+                running.end()
+        if not (self.finished or self.unreadable):
+            if not self.ended:
+                raise Failed("what watches the submission ended without its last word")
+            if not self.began:
+                raise Failed(f"before the first cell: {self.ended}")
 
     def talk(self, text: str) -> None:
         """Cells first; then each question, in a process of its own inside."""
@@ -126,7 +154,7 @@ class Conversation:
             self.note(self.hear())
         if self.unreadable:
             return
-        self.line.send(KILL, b"")  # what the cells have started: a fork of theirs still has the package's solutions
+        self.kill()  # what the cells have started: a fork of theirs still has the package's solutions
         for question, source in self.job.checks.items():
             with contextlib.suppress(Late):
                 self.check(question, cases(source))
@@ -156,7 +184,11 @@ class Conversation:
                         self.try_canary(question, case, asking, env)
                 except feedback.Mistake as mistake:
                     result |= {"passed": False, "message": str(mistake), "causes": mistake.causes}
-                except (Late, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+                except GRADERS_OWN:
+                    raise
+                except Exception as error:  # whatever a strange answer makes of a check
+                    if "can't allocate memory" in str(error):  # as torch says it
+                        raise
                     text = str(error) if isinstance(error, Late) else f"{type(error).__name__}: {error}"
                     result |= {"passed": False, "message": text, "causes": ()}
         finally:
@@ -168,24 +200,33 @@ class Conversation:
         """Make a check that passed once more, with an answer that is known to be wrong: only a tampered one passes."""
         import importlib
 
-        from nf4lab.labs import feedback
-
         canaries = getattr(importlib.import_module(f"nf4lab.labs.{self.job.lab}"), "CANARIES", {}).get(question)
         if not canaries:
             return
         wrong = {name: asking.remote(name, env[name]._entry, text) for name, text in canaries.items()}
-        with contextlib.suppress(feedback.Mistake, Late, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        try:
             case.body.call_func(env | wrong)
-            self.notes.append(
-                f"FORGED? a check of {question} passes an answer that is known to be wrong: read the notebook"
-            )
+        except GRADERS_OWN:
+            raise
+        except Exception:
+            return
+        self.notes.append(
+            f"FORGED? a check of {question} passes an answer that is known to be wrong: read the notebook"
+        )
 
     def send(self, what) -> None:
         """Send plain data inside."""
         from nf4lab.labs import plain
 
+        self._send(TASK, plain.dumps(what))
+
+    def kill(self) -> None:
+        """Have all that the submission's process has started ended: the question's process too."""
+        self._send(KILL, b"")
+
+    def _send(self, kind: bytes, body: bytes) -> None:
         try:
-            self.line.send(TASK, plain.dumps(what))
+            self.line.send(kind, body)
         except OSError:
             raise Gone from None
 
@@ -199,8 +240,8 @@ class Conversation:
             try:
                 message = self.line.receive(max(0.0, end - now))
             except TimeoutError:
-                if end == self.end:
-                    raise Gone("the grader heard nothing any more") from None
+                if end == self.end and not self.over:
+                    raise Failed("the grader heard nothing any more") from None
                 raise Late from None
             except ValueError:
                 raise Gone("told the grader too much") from None
@@ -218,8 +259,13 @@ class Conversation:
                 except ValueError:
                     raise Gone("told the grader what cannot be read") from None
                 if "broken" in found:
+                    if not self.began:
+                        raise Failed(str(found["broken"])[:300])
                     self.notes.append(f"broke off: {str(found['broken'])[:300]}")
+                    if self.over:
+                        continue
                     raise Gone
+                self.began = True
                 if "refused" not in found:
                     return found
                 self.note(found)
@@ -233,11 +279,12 @@ class Conversation:
         if "ended" in what:
             self.ended = what["ended"] or ("" if self.finished or self.unreadable else "ended itself")
         if "broken" in what:
-            self.notes.append(f"broke off: {what['broken']}")
+            raise Failed(what["broken"])
 
     def note(self, told: dict) -> None:
         """What the submission's process tells before the questions: its errors, what it tried."""
-        if len(self.notes) + len(self.errors) > MOST_NOTES:
+        self.told += 1
+        if self.told > MOST_NOTES:
             raise Gone("told the grader too much")
         if "unreadable" in told:
             self.unreadable = str(told["unreadable"])[:200]
@@ -261,11 +308,10 @@ class Conversation:
             raise Gone("told the grader what its own process does not")
 
     def hear_the_end(self) -> None:
-        """Let the inside end, and hear what it took."""
-        with contextlib.suppress(OSError):
-            os.close(self.line.write)
+        """Hear what it took, until the line ends."""
+        self.over = True
         with contextlib.suppress(Gone, Late, OSError, ValueError):
-            end = time.monotonic() + 10
+            end = self.end = time.monotonic() + (10 if self.finished else 60)
             while not self.ended:
                 self.hear(end)
 
@@ -278,9 +324,12 @@ class Conversation:
                 scores[question] += points * (result.get("passed") is True)
                 report.append({"question": question, "hidden": hidden, "points": points, "passed": False, "name": "",
                                "message": "not run", "causes": ()} | result)  # fmt: skip
+        total = sum(scores.values())
+        if self.failed:
+            scores, total = dict.fromkeys(scores), None  # no points, rather than 0
         return {
-            "score": sum(scores.values()), "possible": sum(p for checks in self.job.points.values() for _, p in checks),
-            "questions": scores, "outcome": self.outcome(), "errors": self.errors,
+            "score": total, "possible": sum(p for checks in self.job.points.values() for _, p in checks),
+            "graded": not self.failed, "questions": scores, "outcome": self.outcome(), "errors": self.errors,
             "notes": list(dict.fromkeys(self.notes)),
             "checks": report, "layers": self.layers, "peak_mb": round(self.peak / 2**20),
             "cpu_s": round(self.cpu, 2),
@@ -288,6 +337,8 @@ class Conversation:
 
     def outcome(self) -> str:
         """How grading ended, in a few words."""
+        if self.failed:
+            return f"not graded: {self.failed}"
         if self.unreadable:
             return f"unreadable: {self.unreadable}"
         if self.ended and not self.finished:
@@ -305,6 +356,7 @@ class Asking:
 
     def __init__(self, conversation: Conversation, patience: float):
         self.conversation, self.patience, self.over, self.asked_back = conversation, patience, "", 0
+        self.lent = 0.0  # seconds that such calls have taken here
 
     def remote(self, name: str, entry: dict, source: str | None = None):
         """A student's function, as checks see it, or what a variable is; with a source, that in its place."""
@@ -333,7 +385,7 @@ class Asking:
                 told = self.conversation.hear(start + self.patience)
                 self.patience -= time.monotonic() - start  # only waiting counts, not what the check itself computes
             except Late:
-                self.conversation.line.send(KILL, b"")
+                self.conversation.kill()
                 told = self.conversation.hear()
                 told = {"late": f"no answer within {self.conversation.job.limits.question_seconds} s"}
             if "value" in told:
@@ -354,12 +406,29 @@ class Asking:
     def called_back(self, other, args) -> dict:
         """What another question's function gives, or the error that its arguments end in."""
         self.asked_back += 1
-        if self.asked_back > MOST_ASKED_BACK:
-            return {"error": "called too often"}
+        if self.asked_back > MOST_ASKED_BACK or self.lent > self.conversation.job.limits.question_seconds:
+            return {"error": "called too often, or for too long"}
+        start = time.monotonic()
         try:
+            if _n_bytes(args) > MOST_ASKED_BYTES:
+                return {"error": f"called with more than {MOST_ASKED_BYTES:,} bytes"}
             return {"value": other(*args)}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
+        finally:
+            self.lent += time.monotonic() - start
+
+
+def _n_bytes(args: list | tuple) -> int:
+    """What the arguments of a call hold, and what they ask for: beside a tensor, a whole number is a size."""
+    if all(isinstance(value, bool | int | float | str) for value in args):
+        return 8 * len(args)
+    return sum(
+        _n_bytes(value) if isinstance(value, list | tuple)
+        else 4 * abs(value) if isinstance(value, int)
+        else getattr(value, "nbytes", 8)
+        for value in args
+    )  # fmt: skip
 
 
 def _n_arguments(function) -> int:

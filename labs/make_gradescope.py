@@ -51,12 +51,19 @@ def make(lab: str, grader: Path, target: Path) -> None:
 
 
 def grade(lab: str, folder: Path) -> None:
-    """Grade what lies in FOLDER/submission, and write FOLDER/results/results.json."""
+    """Grade what lies in FOLDER/submission, and write FOLDER/results/results.json.
+
+    Exits without a result where the grader has failed twice: Gradescope then tells of that, and gives no points.
+    """
     import judge
 
     job = judge.job_of(lab, judge.Limits(), grader=folder / "source" / "grader.zip")
     notebook = newest(folder / "submission")
     row = judge.grade_one("submission", notebook or b"", job)
+    if not row["graded"]:
+        row = judge.grade_one("submission", notebook or b"", job)
+    if not row["graded"]:
+        sys.exit(row["outcome"])
     if notebook is None:
         row["outcome"] = "unreadable: there is no notebook among the files"
     (folder / "results").mkdir(exist_ok=True)

@@ -17,11 +17,13 @@ import sys
 import tempfile
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 INSIDE = Path(__file__).resolve().parent / "inside"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin")
+STARTING = 300  # seconds until a process has everything loaded
 SETTINGS = (
     "/etc/ld.so.cache",
     "/etc/localtime",
@@ -57,15 +59,22 @@ def programs() -> dict[str, str]:
 class Running:
     """A submission that runs: the two file descriptors of the line to it, and how to end it from outside."""
 
-    read: int
-    write: int
+    read: int | None
+    write: int | None
     stop: object = None
 
+    def hang_up(self) -> None:
+        """Say no more, which ends it. Each number is closed once: the next submission's line may soon have it."""
+        number, self.write = self.write, None
+        if number is not None:
+            os.close(number)
+
     def end(self) -> None:
-        """Hang up, which ends it, and make sure of it."""
-        for number in {self.read, self.write}:
-            with contextlib.suppress(OSError):
-                os.close(number)
+        """Hang up, and make sure of its end."""
+        self.hang_up()
+        number, self.read = self.read, None
+        if number is not None:
+            os.close(number)
         if self.stop:
             self.stop()
 
@@ -74,11 +83,23 @@ class Server:
     """A process with everything loaded, a fork of which runs each submission: inside/supervise.py, `serve`."""
 
     def __init__(self, lab: str, texts: dict[str, str]):
+        self.lock, self.process = threading.Lock(), None
+        self.folder = _folder(f"nf4lab-{uuid.uuid4().hex[:12]}")
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            _to_end(self.close)
+            self._load(lab, texts, theirs)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+
+    def _load(self, lab: str, texts: dict[str, str], theirs: socket.socket) -> None:
+        """Start the process, and wait until it has everything loaded."""
         import nf4lab
 
-        self.texts, self.lock = texts, threading.Lock()
-        self.folder = Path(tempfile.mkdtemp(prefix="nf4lab-")).resolve()
-        atexit.register(self.close)
+        self.folder.mkdir(0o700)
         for name, text in texts.items():
             (self.folder / name).write_text(text)
         package = Path(nf4lab.__file__).resolve().parent
@@ -99,14 +120,18 @@ class Server:
         self.layers = ["bubblewrap"] if bubble else []
         if bubble:
             command = [bubble, *in_bubble(self.folder, package, [*python, *weights()]), *command]
-        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.process = subprocess.Popen(
+        start = lambda: subprocess.Popen(  # noqa: E731
             command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env=self.environment, cwd="/", start_new_session=True,
         )  # fmt: skip
+        self.process = LASTING.submit(start).result()
         theirs.close()
-        self.line.settimeout(180)
-        if self.line.recv(64) != b"ready":
+        self.line.settimeout(STARTING)
+        try:
+            ready = self.line.recv(64) == b"ready"
+        except TimeoutError:
+            raise ChildProcessError(f"the process that runs submissions has not started in {STARTING} s") from None
+        if not ready:
             raise ChildProcessError(f"the process that runs submissions does not start: {self._last_words()}")
 
     def _last_words(self) -> str:
@@ -134,22 +159,52 @@ class Server:
 
     def close(self) -> None:
         """End it, and what it left."""
+        OPEN.discard(self.close)
+        if self.process and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(5)
         self.line.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-SERVERS: dict[str, Server] = {}
-STARTING = threading.Lock()
+SERVERS: dict[tuple[str, ...], Server] = {}  # by lab and programs
+ONE_AT_A_TIME = threading.Lock()  # servers start
+# bubblewrap ends with the thread that started it: with one of a pool's, a server would end with its first batch
+LASTING = ThreadPoolExecutor(1)
+OPEN: set = set()  # what ends the servers and containers that there are
+ENDED = threading.Event()  # nothing starts any more
+
+
+def _to_end(close) -> None:
+    """Have `end_all` call it, before there is anything to end. Raises InterruptedError where that is over."""
+    OPEN.add(close)
+    if ENDED.is_set():
+        raise InterruptedError("grading was stopped")
+
+
+def _folder(name: str) -> Path:
+    """Where programs are laid for what runs them: named before it is made, so that no signal comes between the two."""
+    return Path(tempfile.gettempdir()).resolve() / name
+
+
+@atexit.register
+def end_all() -> None:
+    """End whatever runs here, with all that it left; nothing starts any more."""
+    ENDED.set()
+    for close in list(OPEN):
+        close()
 
 
 def server(lab: str, texts: dict[str, str]) -> Server:
     """The server of a lab on this machine; started where there is none, or where it has ended."""
-    with STARTING:
-        found = SERVERS.get(lab)
-        if found is None or found.process.poll() is not None or found.texts != texts:
-            SERVERS[lab] = found = Server(lab, texts)
+    with ONE_AT_A_TIME:
+        found = SERVERS.get((lab, *texts.values()))
+        if found and found.process.poll() is not None:
+            found.close()
+            found = None
+        if not found:
+            SERVERS[lab, *texts.values()] = found = Server(lab, texts)
         return found
 
 
@@ -222,7 +277,22 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
     The image brings nf4lab.
     """
     found, name = engine(), f"nf4lab-{uuid.uuid4().hex[:12]}"
-    folder = Path(tempfile.mkdtemp(prefix="nf4lab-")).resolve()
+    folder, process = _folder(name), None
+
+    def stop() -> None:
+        """End the container by its name: its client's end is not its own."""
+        OPEN.discard(stop)
+        if process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0 if ENDED.is_set() else 5)
+            if process.poll() is None:
+                subprocess.run([found, "rm", "--force", "--time=0", name], capture_output=True, timeout=60, check=False)
+                process.kill()
+                process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    _to_end(stop)
+    folder.mkdir()
     for file, text in texts.items():
         (folder / file).write_text(text)
     folder.chmod(0o755)
@@ -240,17 +310,6 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-
-    def stop() -> None:
-        """End the container by its name: its client's end is not its own."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        if process.poll() is None:
-            subprocess.run([found, "rm", "--force", "--time=0", name], capture_output=True, timeout=60, check=False)
-            process.kill()
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
     read, write = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
     process.stdin.close()
     process.stdout.close()

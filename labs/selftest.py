@@ -28,10 +28,10 @@ def failures(job: Job) -> list[str]:
         if row["score"] != row["possible"]:
             lost = [f"{c['question']}: {c['message']}" for c in row["checks"] if not c["passed"]]
             words = "; ".join([row["outcome"], *row["notes"][:3], *row["errors"][:1], *lost[:2]])
-            found.append(f"the master earns {row['score']:g} of {row['possible']:g}: {words}")
+            found.append(f"the master earns {row['score'] or 0:g} of {row['possible']:g}: {words}")
     handout = LABS / job.lab / f"{job.lab}.ipynb"
     if handout.exists():
         row = grade_one("the handout", handout.read_bytes(), job)
         if row["score"] or not row["outcome"].startswith("graded"):
-            found.append(f"the handout earns {row['score']:g}: {'; '.join([row['outcome'], *row['notes'][:3]])}")
+            found.append(f"the handout earns {row['score'] or 0:g}: {'; '.join([row['outcome'], *row['notes'][:3]])}")
     return found

@@ -18,15 +18,15 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\t\r\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def points(value: float) -> str:
-    """Points without a needless fraction."""
-    return f"{value:g}"
+def points(value: float | None) -> str:
+    """Points without a needless fraction; nothing where the grader has failed."""
+    return "" if value is None else f"{value:g}"
 
 
 class Report:
     """OUT-report.jsonl: every row is there as soon as it is known, so that a batch that was stopped goes on.
 
-    A row counts again if the same file was graded with the same checks.
+    A row counts again if the same file was graded with the same checks, and the grader did not fail.
     """
 
     def __init__(self, path: Path, stamp: str):
@@ -42,12 +42,15 @@ class Report:
                 rows.append(json.loads(line))
             except ValueError:  # cut off while it was written
                 continue
-        return {row["digest"]: row for row in rows if row.get("stamp") == self.stamp and "digest" in row}
+        mine = [row for row in rows if isinstance(row, dict) and row.get("stamp") == self.stamp and row.get("graded")]
+        return {row["digest"]: row for row in mine if "digest" in row}
 
     def add(self, row: dict) -> None:
-        """Append a row, whatever text is in it."""
-        with open(self.path, "a", encoding="ascii") as file:
-            file.write(json.dumps(row | {"stamp": self.stamp}) + "\n")
+        """Append a row, whatever text is in it, in a line of its own even where the last one was cut off."""
+        with open(self.path, "ab+") as file:
+            file.seek(max(0, file.seek(0, 2) - 1))
+            cut = file.read() not in (b"", b"\n")
+            file.write(b"\n" * cut + json.dumps(row | {"stamp": self.stamp}).encode("ascii") + b"\n")
 
 
 def digest(student: str, data: bytes | None) -> str:
@@ -62,7 +65,8 @@ def write_table(rows: list[dict], target: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["student", "score", "possible", "percent", *questions, "late", "outcome", "notes"])
         for row in rows:
-            percent = points(round(100 * row["score"] / row["possible"], 2)) if row["possible"] else ""
+            counts = row["graded"] and row["possible"]
+            percent = points(round(100 * row["score"] / row["possible"], 2)) if counts else ""
             writer.writerow([
                 plain(row["student"]), points(row["score"]), points(row["possible"]), percent,
                 *[points(row["questions"].get(q, 0)) for q in questions], "late" if row.get("late") else "",
@@ -77,7 +81,7 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ white-space: pre-wrap; background: #f3f3f3; color: #111; padding: .6rem; border-left: 4px solid #d55e00 }}
 h2 {{ margin-bottom: 0 }}</style></head>
-<body><h1>{lab}: {score} of {possible} points</h1><p>{student}: {outcome}.</p>
+<body><h1>{lab}: {total}</h1><p>{student}: {outcome}.</p>
 {body}
 </body></html>
 """
@@ -89,7 +93,7 @@ def page(row: dict, lab: str) -> str:
     if row["errors"]:
         errors = "".join(f"<pre>{html.escape(clean(error))}</pre>" for error in row["errors"])
         parts.append("<h2>Cells that failed</h2>" + errors)
-    for question in sorted(row["questions"], key=lambda q: int(q[1:])):
+    for question in sorted(row["questions"] if row["graded"] else (), key=lambda q: int(q[1:])):
         checks = [check for check in row["checks"] if check["question"] == question]
         possible = sum(check["points"] for check in checks)
         parts.append(f"<h2>Question {question[1:]}: {points(row['questions'][question])} of {points(possible)}</h2>")
@@ -104,8 +108,8 @@ def page(row: dict, lab: str) -> str:
         causes = dict.fromkeys(clean(cause) for check in unseen if not check["passed"] for cause in check["causes"])
         parts += [f"<p>Cause: {html.escape(cause)}.</p>" for cause in causes]
     words = {key: html.escape(clean(row[key])) for key in ("student", "outcome")}
-    scores = {key: points(row[key]) for key in ("score", "possible")}
-    return PAGE.format(lab=html.escape(lab.replace("lab", "Lab ")), body="\n".join(parts), **words, **scores)
+    total = f"{points(row['score'])} of {points(row['possible'])} points" if row["graded"] else "not graded yet"
+    return PAGE.format(lab=html.escape(lab.replace("lab", "Lab ")), body="\n".join(parts), total=total, **words)
 
 
 def page_name(student: str) -> str:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_to(subparsers)
     options = parser.parse_args(arguments)
-    before = _listen()
+    before = listen()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _listen() -> dict:
+def listen() -> dict:
     """Have the signals that ask for an end raise Stopped, and Ctrl-C KeyboardInterrupt; returns the handlers before.
 
     Only a main thread can. What is ignored stays so: nohup ignores SIGHUP, a shell's background jobs SIGINT.

@@ -182,7 +182,6 @@ def hostile(lab: str, target: Path, port: int) -> dict[str, tuple[bytes, float, 
         "endless function": (
             as_bytes(with_answer(lab, "def equal_shares(n):\n    while True: pass")), full - 2, "1 cell failed", "^$"
         ),
-        "endless and stubborn": (as_bytes(preceded(lab, STUBBORN)), 0, "time limit", "^$"),
         "syntax error": (as_bytes(with_answer(lab, "def equal_shares(n) 1")), full - 2, "2 cells failed", "^$"),
         "missing cell": (as_bytes(without(lab, "equal_shares")), full - 2, "graded", "^$"),
         "stripped": (stripped(solved(lab)), full, "^graded$", "^$"),

@@ -97,6 +97,19 @@ def test_what_is_no_notebook_earns_nothing_and_is_told_so(here, files):
     assert found["score"] == 0 and found["output"].startswith("unreadable: ")
 
 
+def test_where_the_grader_itself_fails_there_is_an_error_and_no_result(archive, tmp_path):
+    """Gradescope tells the instructor of it; a result would be the student's 0."""
+    folder = unpacked(archive, tmp_path)
+    (folder / "source" / ".venv").symlink_to(sys.prefix)
+    (folder / "source" / "labs" / "inside" / "supervise.py").write_text("raise SystemExit('broken')")
+    (folder / "submission").mkdir()
+    (folder / "submission" / "lab1.ipynb").write_bytes(as_bytes(solved("lab1")))
+    own = {"PATH": os.environ["PATH"], "AUTOGRADER": str(folder), "PYTHONPATH": str(folder / "source")}
+    done = subprocess.run([folder / "run_autograder"], cwd=folder, env=own, capture_output=True, text=True)
+    assert done.returncode != 0 and "not graded: ChildProcessError" in done.stderr
+    assert not (folder / "results" / "results.json").exists()
+
+
 def test_the_archive_has_all_that_grading_imports_at_the_projects_pins(archive):
     with zipfile.ZipFile(archive) as packed:
         names = packed.namelist()

@@ -1,30 +1,41 @@
 """Grading: right, wrong and hostile submissions, each in processes of its own; nothing lost, nothing hung."""
 
 import ast
+import contextlib
 import csv
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import attacks
 import grade
+import gradebooks
 import intake
 import judge
 import lab_submissions
 import make_labs
+import masters
 import nbformat
+import psutil
 import pytest
 import sandbox
 import tables
-from lab_submissions import ROOT, as_bytes, preceded, solved, with_answer
+from inside.wire import STATE, VALUE
+from lab_submissions import ROOT, as_bytes, preceded, solved
+
+from nf4lab.labs import plain
+from nf4lab.labs.calls import Remote
 
 LIMITS = sandbox.Limits(seconds=60, cell_seconds=3, question_seconds=6, memory_gb=2)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="submissions are shut in by Linux's own means")
@@ -32,10 +43,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="submissions are
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The job of grading lab 1, with a grader made for it."""
+    """The job of grading lab 1, with a grader made for it; a thread that ends starts the server of all tests."""
     target = tmp_path_factory.mktemp("graders") / "lab1.zip"
     make_labs.make("lab1", seed=2026, check=True, grader=target)
-    return judge.job_of("lab1", LIMITS, grader=target)
+    job = judge.job_of("lab1", LIMITS, grader=target)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sandbox.server, job.lab, job.programs).result()
+    return job
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +122,7 @@ def test_questions_stand_in_order_and_hidden_checks_tell_only_certain_causes():
     names = ("q1", "q10", "q2")
     checks = [check | {"question": q, "message": f"SECRET {q}"} for q in names]
     row = {"student": "ada", "outcome": "graded", "score": 0, "possible": 3, "errors": [], "notes": []}
-    row |= {"checks": checks, "questions": dict.fromkeys(names, 0)}
+    row |= {"checks": checks, "questions": dict.fromkeys(names, 0), "graded": True}
     text = tables.page(row, "lab4")
     assert text.index("Question 1:") < text.index("Question 2:") < text.index("Question 10:")
     assert "SECRET" not in text and text.count("Cause: codes count from 0.") == 3
@@ -164,10 +178,12 @@ def test_the_table_the_report_and_the_pages_hold_any_text(tmp_path):
 def test_a_report_that_was_cut_off_keeps_the_rows_before(tmp_path):
     report = tables.Report(tmp_path / "report.jsonl", "stamp")
     for i in range(3):
-        report.add({"digest": str(i), "student": str(i)})
+        report.add({"digest": str(i), "student": str(i), "graded": True})
     text = report.path.read_text()
     report.path.write_text(text[:-20])
     assert set(report.done()) == {"0", "1"}
+    report.add({"digest": "3", "student": "3", "graded": True})
+    assert set(report.done()) == {"0", "1", "3"}
     assert tables.Report(report.path, "another").done() == {}
 
 
@@ -283,7 +299,53 @@ def test_what_is_not_stopped_is_told(job):
     for name, text in attacks.NOT_STOPPED.items():
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)])
         row = judge.grade_one(name, as_bytes(notebook), patient)
-        assert row["score"] > 0 and "uses ctypes: read the notebook" in row["notes"], row
+        assert row["score"] > 0, row
+        assert any("read the notebook" in note for note in row["notes"]) == (name not in attacks.NOT_TOLD), row
+
+
+def test_who_plays_for_time_loses_his_own_points_and_keeps_nobody_waiting(job):
+    limits = replace(LIMITS, seconds=20, cell_seconds=1, question_seconds=1)
+    files = {name: as_bytes(attacks.patience(name)) for name in attacks.PATIENCE}
+    rows = {row["student"]: row for row in grade.grade_here(files, replace(job, limits=limits), 4)}
+    for name, (_, score, outcome) in attacks.PATIENCE.items():
+        row = rows[name]
+        assert row["graded"] and re.search(outcome, row["outcome"]), (name, row["outcome"], row["errors"])
+        assert row["score"] == score and row["seconds"] < 120, (name, row["outcome"], row["errors"], row["checks"])
+        if score == 18:  # a question costs its own points
+            assert row["questions"] == {"q1": 3, "q2": 4, "q3": 0, "q4": 4, "q5": 4, "q6": 3}, (name, row["checks"])
+
+
+@pytest.mark.parametrize("lab", ["lab1", "lab2", "lab3", "lab6"])
+def test_a_question_is_lent_no_later_ones_answer(lab):
+    asked_in, lent = {}, {}
+
+    def remote(name, question):
+        def ask(task, others):
+            lent.setdefault(task["name"], (question, set()))[1].update(others)
+            raise judge.Late
+
+        return Remote(name, ask)
+
+    for question, found in masters.checks(lab).items():
+        for case in found:
+            with contextlib.suppress(judge.Late):
+                case.body.call_func(Questions(question, remote, asked_in))
+    assert lent
+    for name, (question, others) in lent.items():
+        later = {other for other in others if judge.number(asked_in.get(other, "q0")) >= judge.number(question)}
+        assert not later - {name}, (name, later)
+
+
+class Questions(dict):
+    """An environment in which every name is a function, that notes which question has asked for it."""
+
+    def __init__(self, question, make, asked_in):
+        super().__init__()
+        self.question, self.make, self.asked_in = question, make, asked_in
+
+    def get(self, name, default=None):
+        self.asked_in.setdefault(name, self.question)
+        return self.make(name, self.question)
 
 
 def test_the_guide_has_every_kind_of_attack_and_the_tests_have_each_attack_of_a_kind(tmp_path):
@@ -293,11 +355,11 @@ def test_the_guide_has_every_kind_of_attack_and_the_tests_have_each_attack_of_a_
     named = [name for names in attacks.KINDS.values() for name in names]
     alone = {name for name in named if name in vars(attacks)}
     hostile = set(lab_submissions.hostile("lab1", tmp_path, 1)) - lab_submissions.MISHAPS
-    assert sorted(named) == sorted({*attacks.FORGERIES, *attacks.NOT_STOPPED, *alone, *hostile})
+    assert sorted(named) == sorted({*attacks.FORGERIES, *attacks.NOT_STOPPED, *attacks.PATIENCE, *alone, *hostile})
     tree = ast.parse(Path(attacks.__file__).read_text()).body
     texts = [node for node in tree if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
     own = {node.name for node in tree if isinstance(node, ast.FunctionDef)} | {node.targets[0].id for node in texts}
-    assert alone == own - {"NO_ANSWERS", "TAMPERS"}  # parts of others
+    assert alone == own - {"NO_ANSWERS", "TAMPERS", "patience"}  # parts of others
     assert not [name for name in alone if f"attacks.{name}" not in Path(__file__).read_text()]
 
 
@@ -311,8 +373,9 @@ def test_kernels_and_gradients_that_are_told_in_a_forged_way_are_flagged(tmp_pat
 
 
 def test_a_submission_never_sees_a_check_the_seed_or_the_packages_solutions(job):
-    row = judge.grade_one("looks", as_bytes(preceded("lab1", attacks.LOOKS_AROUND)), job)
-    assert row["errors"] == [] and row["score"] == 20, (row["errors"], row["notes"])
+    for text in (attacks.LOOKS_AROUND, attacks.LOOKS_IN_MEMORY, attacks.LOOKS_FOR_OTHERS_LINES):
+        row = judge.grade_one("looks", as_bytes(preceded("lab1", text)), job)
+        assert row["errors"] == [] and row["score"] == 20, (row["errors"], row["notes"])
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
@@ -332,11 +395,199 @@ def test_written_files_are_bounded_in_all(job):
     assert row["errors"] == [], row["errors"]
 
 
-def test_a_question_that_never_ends_costs_its_own_points_and_no_others(job):
-    for text in ("def equal_shares(n):\n    while True: pass", attacks.STUBBORN_FUNCTION):
-        patient = replace(job, limits=replace(LIMITS, seconds=120, question_seconds=3))
-        row = judge.grade_one("slow", as_bytes(with_answer("lab1", text)), patient)
-        assert row["questions"] == {"q1": 3, "q2": 4, "q3": 0, "q4": 4, "q5": 4, "q6": 3}, row["checks"]
+def test_memory_of_no_process_keys_and_new_namespaces_are_refused(job):
+    for text in (attacks.HOLDS_MEMORY_THAT_NOBODY_COUNTS, attacks.LEAVES_ITS_WALLS):
+        row = judge.grade_one("leaves", as_bytes(preceded("lab1", text)), job)
+        if "seccomp" not in row["layers"]:
+            pytest.skip("this kernel filters no system calls")
+        assert row["errors"] == [], row["errors"]
+
+
+# The grader's own failures, which are no mark of a student's
+
+
+def test_a_server_outlives_the_thread_that_started_it(job):
+    server = sandbox.server(job.lab, job.programs)
+    time.sleep(0.2)  # the signal that the thread's end sends would have come by now
+    assert server.process.poll() is None and server is sandbox.server(job.lab, job.programs)
+
+
+def test_what_has_hung_up_closes_no_line_of_another():
+    one = sandbox.Running(*os.pipe())
+    one.hang_up()
+    other = os.pipe()  # has the number that was closed
+    one.end()
+    assert os.write(other[1], b"x") == 1 and os.read(other[0], 1) == b"x"
+    for number in other:
+        os.close(number)
+
+
+WEIGHTS_ARE_CHECKED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import runner
+runner.warm_up = lambda: None
+runner.load("lab2", sys.path)
+from nf4lab.models import minilm_path
+sys.exit(minilm_path.cache_info().currsize != 1)
+"""
+
+
+def test_the_weights_that_lab_2_reads_are_checked_before_anything_forks():
+    command = [sys.executable, "-c", WEIGHTS_ARE_CHECKED, ROOT / "labs" / "inside"]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+class Dying:
+    """A server whose submissions say this and end."""
+
+    layers = ()
+
+    def __init__(self, said):
+        self.said = said
+
+    def start(self, task):
+        (read, write), (down, to) = os.pipe(), os.pipe()
+        line = judge.Line(down, write)
+        for kind, what in self.said:
+            line.send(kind, plain.dumps(what) if kind == VALUE else json.dumps(what).encode())
+        os.close(write)
+        return sandbox.Running(read, to, lambda: os.close(down))
+
+
+STARTED, READY = (STATE, {"layers": []}), (VALUE, {"ready": True})
+RAN = (VALUE, {"ran": True, "names": {}})
+ENDINGS = {
+    "nothing": ([], "not graded: what watches the submission ended without its last word"),
+    "no last word": ([STARTED, READY, RAN], "not graded: what watches the submission ended without its last word"),
+    "no confinement": ([(STATE, {"broken": "OSError: no memory"})], "not graded: OSError: no memory"),
+    "no shell": ([STARTED, (VALUE, {"broken": "ImportError: IPython"})], "not graded: ImportError: IPython"),
+    "no cell": ([STARTED, (STATE, {"ended": ""})], "not graded: before the first cell: ended itself"),
+    "too slow": (
+        [STARTED, (STATE, {"ended": "time limit (9 s)"})],
+        "not graded: before the first cell: time limit (9 s)",
+    ),
+    # and the submission's: a process that has run its cells must not choose to have no mark
+    "left": ([STARTED, READY, RAN, (STATE, {"ended": ""})], "ended itself"),
+    "says that it broke": ([STARTED, READY, (VALUE, {"broken": "me"}), (STATE, {"ended": ""})], "ended itself"),
+    "too long": ([STARTED, READY, (STATE, {"ended": "time limit (9 s)"})], "time limit (9 s)"),
+    "unreadable": ([STARTED, (VALUE, {"unreadable": "no notebook"})], "unreadable: no notebook"),
+}
+
+
+@pytest.mark.parametrize(("said", "outcome"), ENDINGS.values(), ids=ENDINGS)
+def test_what_the_grader_fails_on_has_no_points_and_what_a_submission_does_has_none_but_0(
+    job, monkeypatch, said, outcome
+):
+    monkeypatch.setattr(sandbox, "server", lambda lab, texts: Dying(said))
+    row = judge.grade_one("ada", as_bytes(solved("lab1")), job)
+    assert row["outcome"] == outcome
+    expected = (False, None, {None}) if outcome.startswith("not graded") else (True, 0, {0})
+    assert (row["graded"], row["score"], set(row["questions"].values())) == expected
+
+
+def test_a_server_that_does_not_start_is_the_graders_failure_and_leaves_nothing(job, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "SERVERS", {})
+    monkeypatch.setattr(sandbox, "STARTING", 0.2)
+    monkeypatch.setattr(sandbox.tempfile, "gettempdir", lambda: str(tmp_path))
+    row = judge.grade_one("ada", as_bytes(solved("lab1")), job)
+    assert not row["graded"] and row["outcome"].endswith("has not started in 0.2 s")
+    assert not list(tmp_path.iterdir()) and not sandbox.SERVERS
+
+
+def test_what_the_grader_fails_on_is_tried_once_more_and_by_the_next_run(job, tmp_path):
+    found = {name: intake.Submission(name, data=OTHER, files=["a"]) for name in ("ada", "bo")}
+    calls, well = [], {"ada": 2, "bo": 3}  # in which try the grader does not fail
+
+    def work(files):
+        for name in files:
+            calls.append(name)
+            done = judge.Conversation(job).row() | {"student": name, "seconds": 0.0}
+            yield done if calls.count(name) >= well[name] else judge.not_graded(name, job, "tired")
+
+    report = tables.Report(tmp_path / "report.jsonl", "stamp")
+    rows = {row["student"]: row for row in grade.rows_of(found, job, work, report, tmp_path / "pages")}
+    assert calls == ["ada", "bo", "ada", "bo"] and rows["ada"]["graded"]
+    assert rows["bo"]["outcome"] == "not graded: tired" and rows["bo"]["score"] is None
+    page = (tmp_path / "pages" / "bo.html").read_text()
+    assert "Lab 1: not graded yet" in page and "0 of" not in page
+    rows = {row["student"]: row for row in grade.rows_of(found, job, work, report, tmp_path / "pages")}
+    assert calls == ["ada", "bo", "ada", "bo", "bo"] and rows["bo"]["graded"]
+    assert "not graded yet" not in (tmp_path / "pages" / "bo.html").read_text()
+
+
+def test_no_table_has_a_0_for_what_the_grader_failed_on(job, tmp_path):
+    row = judge.not_graded("ada", job, "tired") | {"handed_in": []}
+    write_all([row], tmp_path / "grades.csv")
+    (line,) = csv.DictReader((tmp_path / "grades.csv").read_text().splitlines())
+    assert line["outcome"] == "not graded: tired"
+    assert {line[key] for key in ("score", "percent", "q1", "q6")} == {""}
+    roster = intake.Roster(
+        ["Student", "ID", "Identifier", "Email address", "Grade"],
+        [{"Student": "ada", "ID": "1", "Identifier": "1", "Email address": "a@x", "Grade": "7"}],
+    )
+    for kind, expected in {
+        "canvas": [],
+        "moodle": [["a@x", "-"]],
+        "moodle-worksheet": [["ada", "1", "1", "a@x", "7"]],
+    }.items():
+        gradebooks.write(kind, [row | {"listed": roster.rows[0]}], roster, tmp_path / "out.csv", "Lab 1")
+        lines = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))[1:]
+        assert [line for line in lines if "Points Possible" not in line[0]] == expected
+
+
+@pytest.mark.parametrize(("error", "graded"), [(OverflowError, True), (ZeroDivisionError, True), (MemoryError, False),
+                                               (OSError, False), (ImportError, False)])  # fmt: skip
+def test_an_error_that_an_answer_makes_of_a_check_costs_that_check_and_one_of_the_machine_nothing(
+    job, monkeypatch, error, graded
+):
+    from nf4lab.labs import lab1
+
+    def fails(*arguments):
+        raise error("here")
+
+    monkeypatch.setattr(lab1, "check_equal_shares", fails)
+    row = judge.grade_one("ada", as_bytes(solved("lab1")), job)
+    assert row["graded"] == graded
+    assert row["score"] == (18 if graded else None), row["outcome"]
+
+
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGTERM, 5), (signal.SIGHUP, 1), (signal.SIGINT, 2)], ids=["TERM", "HUP", "INT"]
+)
+def test_a_signal_ends_a_batch_with_all_that_it_has_started_and_a_second_one_changes_nothing(
+    job, tmp_path, number, processes
+):
+    """processes: how many of them there are when it comes; the server is loading, or submissions run already."""
+    for folder in ("in", "tmp"):
+        (tmp_path / folder).mkdir()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time\ntime.sleep(50)")])
+    for name in ("ada", "bo", "cem"):
+        (tmp_path / "in" / f"{name}.ipynb").write_bytes(as_bytes(notebook))
+    make_labs.make("lab1", seed=7, check=True, grader=tmp_path / "lab1.zip")
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # the background ignores both
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+        f"sys.path.insert(0, {str(ROOT / 'labs')!r}); import grade; sys.exit(grade.main(sys.argv[1:]))"
+    )
+    files = [tmp_path / "in", tmp_path / "out.csv", "--grader", tmp_path / "lab1.zip"]
+    command = [sys.executable, "-c", program, "1", *files, "--no-self-test", "--jobs", "2"]
+    own = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    run = subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = psutil.Process(run.pid)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        found = started.children(recursive=True)
+        if len(found) >= processes and list((tmp_path / "tmp").iterdir()):
+            break
+        time.sleep(0.02)
+    run.send_signal(number)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, err
+    assert f"stopped by {number.name}; rows are saved" in err and "Traceback" not in err
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not psutil.wait_procs(found, timeout=10)[1]
 
 
 # Notebooks as they come
@@ -395,7 +646,7 @@ def test_a_set_up_that_cannot_grade_is_found_before_the_batch(job, monkeypatch):
     assert selftest.failures(job) == []
     monkeypatch.setattr(sandbox, "environment", lambda work: {"HOME": "/nowhere"})
     wrong = selftest.failures(replace(job, programs=job.programs | {"runner.py": "raise SystemExit"}))
-    assert wrong and "earns 0" in wrong[0]
+    assert wrong and "earns 0 of 20: not graded: ChildProcessError" in wrong[0]
 
 
 def test_a_symlinked_environment_grades(job, tmp_path, monkeypatch):
@@ -411,13 +662,17 @@ def test_without_bubblewrap_namespaces_and_landlock_still_hold(job, monkeypatch)
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "bwrap" else which(name))
     monkeypatch.setattr(sandbox, "SERVERS", {})
     row = judge.grade_one("ada", as_bytes(preceded("lab1", attacks.FINDS_WHAT_WAS_LEFT)), job)
-    assert row["score"] == 20 and row["errors"] == [] and "bubblewrap" not in row["layers"]
+    assert (row["outcome"], row["score"], row["errors"]) == ("graded", 20, [])
+    assert "bubblewrap" not in row["layers"] and row["peak_mb"] > 50 and row["cpu_s"] > 0
+    short = replace(job, limits=replace(LIMITS, seconds=5))
+    row = judge.grade_one("stubborn", as_bytes(preceded("lab1", lab_submissions.STUBBORN)), short)
+    assert row["outcome"] == "time limit (5 s)" and row["cpu_s"] > 0  # its last word comes when all has ended
 
 
 def test_a_missing_engine_is_an_outcome_not_a_crash(job, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     row = judge.grade_one("ada", b'{"cells": []}', replace(job, container="image"))
-    assert row["outcome"].startswith("grader error: FileNotFoundError")
+    assert row["outcome"].startswith("not graded: FileNotFoundError") and not row["graded"]
 
 
 def container_job(job):

@@ -105,7 +105,7 @@ def graded(found, roster):
     for name, one in found.items():
         points = {"q1": rng.randint(0, 10) / 2, "q2": float(rng.randint(0, 15))}
         rows.append({"student": name, "questions": points, "score": sum(points.values()), "possible": 20.0,
-                     "listed": roster.find(one)})  # fmt: skip
+                     "graded": True, "listed": roster.find(one)})  # fmt: skip
     return rows
 
 
@@ -232,3 +232,21 @@ def test_a_roster_in_windows_letters_with_semicolons(tmp_path):
     assert roster.find(intake.Submission("joerg")) is None
     assert roster.find(intake.Submission("Jörg Åberg")) == {"Name": "Jörg Åberg", "E-Mail": "j@x.org"}
     assert roster.find(intake.Submission("j")) is not None
+
+
+def test_a_number_that_the_roster_does_not_know_is_nobodys_whatever_name_comes_with_it():
+    """A student chooses the name of his file; in Moodle and Canvas often his own as well."""
+    canvas = intake.Roster(["Student", "ID"], [{"Student": "Vera, V", "ID": "102"}])
+    assert canvas.find(intake.identify("vvera_102_1_lab1.ipynb", ())) == canvas.rows[0]
+    assert canvas.find(intake.identify("vverav_999_1_lab1.ipynb", ())) is None
+    moodle = intake.Roster(["Identifier", "Full name"], [{"Identifier": "Participant 102", "Full name": "Vera V"}])
+    assert moodle.find(intake.identify("V V_102_assignsubmission_file/lab1.ipynb", ())) == moodle.rows[0]
+    assert moodle.find(intake.identify("Vera V_999_assignsubmission_file/lab1.ipynb", ())) is None
+
+
+def test_where_the_roster_has_no_such_numbers_the_systems_name_decides_unless_two_have_it():
+    roster = intake.Roster(["ID", "Full name"], [{"ID": "S9", "Full name": "Vera V"}])  # a university's numbers
+    one, two = (intake.identify(f"Vera V_{n}_assignsubmission_file/lab1.ipynb", ()) for n in (102, 104))
+    assert roster.find_all({"Vera V": one}) == {"Vera V": roster.rows[0]}
+    two.student = "Vera  V."
+    assert roster.find_all({"a": one, "b": two}) == {"a": None, "b": None}

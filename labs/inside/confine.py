@@ -1,10 +1,11 @@
 """Shut a process in before it runs a stranger's code: no network, no host files, bounded memory and writes.
 
-Three layers, each used where the system has it. `confine` says which of them hold:
+Four layers, each used where the system has it. `confine` says which of them hold:
 
     limits      setrlimit: memory, processor time, size and number of files (Linux, macOS)
     namespaces  no network, processes, shared memory and IPC of its own, and own small /tmp and /dev/shm (Linux)
     landlock    the kernel refuses files outside the allowed folders, TCP connections and signals to others (Linux)
+    seccomp     the kernel refuses calls that no lab needs: memory of no process, keys, namespaces of its own (Linux)
 
 On top, `watch` installs a Python audit hook. It refuses the same in the interpreter, on every system, and tells what
 was tried; code that calls C can get around it, which is why it is not called a layer. Standard library only.
@@ -12,18 +13,30 @@ was tried; code that calls C can get around it, which is why it is not called a 
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000  # of unshare(2)
 NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000  # of mount(2)
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446
 EXECUTE, WRITE, READ, LIST, TRUNCATE, IOCTL = (1 << bit for bit in (0, 1, 2, 3, 14, 15))
+MACHINES = {"x86_64": (0xC000003E, 56), "aarch64": (0xC00000B7, 220)}  # for seccomp: its name, and clone's number
+CLONE3, NEW_SPACES = 435, NEWNS | NEWIPC | NEWUSER | NEWPID | NEWNET | 0x06000000  # hosts' names and cgroups too
+REFUSED = {  # numbers on those machines
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "open_by_handle_at": (304, 265), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "pidfd_getfd": (438, 438),
+}  # fmt: skip
 RIGHTS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many of the file rights a kernel's Landlock knows
 SYSTEM = (
     "/usr", "/lib", "/lib64", "/bin", "/proc", "/sys/devices/system", "/System", "/Library", "/etc/ld.so.cache",
@@ -59,7 +72,8 @@ def confine(
     in_child(waits, readable, spaces)
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     limit(memory_bytes, seconds)
-    return ["limits", *(["namespaces"] if spaces else []), *(["landlock"] if landlock(folder, readable) else [])]
+    holds = {"limits": True, "namespaces": spaces, "landlock": landlock(folder, readable), "seccomp": refuse_calls()}
+    return [layer for layer, it_does in holds.items() if it_does]
 
 
 def limit(memory_bytes: int, seconds: int) -> None:
@@ -122,8 +136,11 @@ def in_child(waits: Callable[[int], None], readable: list[str], spaces: bool) ->
 def own_mounts(libc: ctypes.CDLL, readable: list[str]) -> None:
     """Small file systems of its own where it may write, and a /proc that shows nobody else, where that is allowed.
 
-    What is readable below such a place stays where it is.
+    What is readable below such a place stays where it is. The process that watches this one keeps its own /proc: in
+    this one it would find nobody to end.
     """
+    if libc.unshare(NEWNS):
+        raise OSError(ctypes.get_errno(), "no mounts of its own")
     libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
     hidden = [path for path in readable if path.startswith(tuple(f"{place}/" for place in WRITABLE))]
     kept = {path: os.open(path, os.O_PATH) for path in hidden if os.path.isdir(path)}
@@ -181,6 +198,28 @@ def _allow(libc: ctypes.CDLL, rules: int, path: str, rights: int) -> None:
         attribute = files_only.to_bytes(8, sys.byteorder) + beneath.to_bytes(4, sys.byteorder)
         libc.syscall(LANDLOCK_ADD, rules, 1, attribute, 0)
         os.close(beneath)
+
+
+def refuse_calls() -> bool:
+    """Let the kernel refuse the calls in REFUSED, by whatever machine's numbers, and new namespaces."""
+    if sys.platform != "linux" or os.uname().machine not in MACHINES or sys.maxsize < 2**32:
+        return False
+    place = list(MACHINES).index(os.uname().machine)
+    audit, clone = MACHINES[os.uname().machine]
+    numbers = [both[place] for both in REFUSED.values()]
+    load, equal, at_least, has_bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    n = len(numbers)
+    program = [  # (code, instructions to pass over if true, if false, constant)
+        (load, 0, 0, 4), (equal, 0, n + 7, audit), (load, 0, 0, 0), (at_least, n + 5, 0, 0x40000000),
+        *((equal, n + 4 - i, 0, number) for i, number in enumerate(numbers)),
+        (equal, 5, 0, CLONE3), (equal, 0, 2, clone), (load, 0, 0, 16), (has_bits, 1, 0, NEW_SPACES),
+        (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50000 | errno.EPERM), (give, 0, 0, 0x50000 | errno.ENOSYS),
+    ]  # fmt: skip
+    text = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    libc, filters = ctypes.CDLL(None), ctypes.create_string_buffer(text)
+    whole = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(filters)))
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_void_p(ctypes.addressof(whole)), 0, 0) == 0
 
 
 def watch(folder: Path, readable: list[str], tell: Callable[[str], None]) -> Callable:

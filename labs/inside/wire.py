@@ -4,7 +4,7 @@ import os
 import select
 import time
 
-MOST_BYTES = 2**28  # of one message
+MOST_BYTES = 2**25  # of one message: a notebook may have 20 MB, an answer 16
 TASK, VALUE, KILL, STATE = (
     b"T",
     b"V",
