@@ -1,6 +1,7 @@
 """What the pages say of the long measurement of chapters 13 to 15 is what the record has."""
 
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -164,6 +165,18 @@ def test_correcting_improves_the_outputs_of_all_layers_but_one():
         methods = RECORD[model]["methods"]
         for way, nearest in zip(methods["corrected"]["layers"], methods["nearest"]["layers"], strict=True):
             assert sum(a > b for a, b in zip(way, nearest, strict=True)) == spared
+
+
+def test_what_the_page_says_of_one_large_layer_is_in_the_record_of_a_gpu():
+    record = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200-beyond.json").read_text())
+    of = {(r["by"], r["what"]): r for r in record["records"] if r["operation"] == "feedback"}
+    (both,) = [r for r in record["records"] if r["operation"] == "feedback, both"]
+    here, there = of["cpu", "layer"], of["cuda", "layer"]["median"]
+    assert record["device"] == "NVIDIA H200" and both["codes that differ"] == 0
+    took = f"correcting takes {there:.3f} s on an H200 and {here['median']:.1f} s on {here['threads']} cores beside it"
+    assert took in PAGE and there < 1 and here["median"] < 10
+    megabytes = [8 * width**2 / 1e6 for width in (4096, 14336)]  # float64
+    assert f"{megabytes[0]:.0f} MB for 4,096 inputs, {megabytes[1] / 1000:.1f} GB for 14,336" in PAGE
 
 
 def test_what_the_page_says_of_starts_is_in_their_record():
