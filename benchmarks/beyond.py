@@ -20,6 +20,7 @@ seconds         what feedback costs a layer of 4096 x 4096, with one and with tw
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -132,14 +133,18 @@ def measure(name: str, layers: dict, judge) -> dict:
     return {"methods": table, "shapes": {layer: tuple(w.shape) for layer, w in weights.items()}}
 
 
-def seconds_of_a_layer(n: int = 4096) -> dict[str, dict[str, list[float]]]:
-    """threads -> what -> wall seconds, three times each: the factor of the Hessian alone, and all of `quantize`."""
+def seconds_of_a_layer(n: int = 4096) -> dict:
+    """threads -> what -> wall seconds, three times each: the factor of the Hessian alone, and all of `quantize`.
+
+    load_before: what else ran on the machine, on the average of the minute before.
+    """
+    load = round(os.getloadavg()[0], 2)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -3, n)
     w, hessian = torch.randn(n, n, generator=generator), x.T @ x / len(x)
     what = {"factor": lambda: feedback_factor(hessian), "layer": lambda: nf4lab.quantize(w, hessian=hessian)}
     nf4lab.quantize(w[:256], hessian=hessian)  # numba compiles
-    found = {}
+    found = {"load_before": load}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         found[str(threads)] = {name: [wall_seconds(run) for _ in range(3)] for name, run in what.items()}
