@@ -5,7 +5,8 @@
 
 Weights are random: speed and memory do not depend on their values. The three take turns, sample by sample, so that what
 disturbs one disturbs all: compare within a record. Times are those of a user's clock, from an idle GPU to an idle GPU,
-except "host", which is what a call costs the host while the GPU works on. Written to results/<device>-model.json.
+except "host", which is what a call costs the host while the GPU works on. Written to results/<device>-model.json,
+and with --only to results/<device>-model-<parts>.json.
 """
 
 import argparse
@@ -398,7 +399,7 @@ def main():
     torch.manual_seed(0)
     args.results.mkdir(exist_ok=True)
     name = torch.cuda.get_device_name().replace(" ", "-").lower() if args.device == "cuda" else "cpu"
-    path = args.results / f"{name}-model.json"
+    path = args.results / f"{'-'.join([name, 'model', *(args.only or [])])}.json"
     if args.device == "cuda":
         measure_ceilings(args)
     if "host" in parts:

@@ -2,14 +2,13 @@
 
 Sixteen rows of W lie one after another in memory. So a thread block takes its tiles of 16 rows one by one, 4,096
 columns at a time, and each of its 16 warps has 256 of the columns for good: what the warp needs of x stays in its
-registers. The first tiles are ordered by all warps, a row each, at the very start; then the warps take turns to order a
-coming tile, up to 2 KB of a row in one bulk copy. A barrier counts the bytes that have come (`full`), another the warps
-that are done with a stage (`empty`).
+registers. The warps take turns to order a coming tile, each lane a row of it, up to 2 KB in one bulk copy; a barrier
+counts the bytes that have come (`full`), another the warps that are done with a stage (`empty`).
 
             256 columns a warp: 4 blocks of 64
             warp 0   warp 1    …   warp 15
-    row 0   ┌────────┬────────┬──┬────────┐  ordered by lane 0, or by warp 0
-    row 1   │        │        │  │        │  ordered by lane 1, …   4 stages of 33 KB: three tiles on their way
+    row 0   ┌────────┬────────┬──┬────────┐  ordered by lane 0
+    row 1   │        │        │  │        │  ordered by lane 1      4 stages of 33 KB: three tiles on their way
       …     │        │        │  │        │    …                    while the fourth is multiplied
     row 15  └────────┴────────┴──┴────────┘  ordered by lane 15
 
@@ -63,22 +62,18 @@ def kernel(stages):
     sums_at = ring + stages * STAGE
 
     @cuda.jit(device=True, inline="always")
-    def order_row(shared, packed, stage, number, row, tile_0, tiles, last_row, columns):
-        """Order one row of the tile and segment that come number-th, into a stage that is free."""
-        segment = int32(number // tiles)
-        first = int32(segment * SEGMENT)
-        count = int32(min(int32(columns - first), int32(SEGMENT)) >> 1)
-        row_of_w = min(int32(16 * (tile_0 + number - segment * tiles) + row), last_row)
-        source = int32(row_of_w * (columns >> 5) + (first >> 5))
-        copy_bulk(shared, ring + stage * STAGE + row * PITCH, packed, source, count, full + 2 * stage)
-
-    @cuda.jit(device=True, inline="always")
     def order(shared, packed, number, tile_0, tiles, last_row, columns, lane):
         """Order the tile and segment that come number-th, as soon as their stage is free: lane l row l."""
         stage = int32(number % stages)
-        barrier_wait(shared, empty + 2 * stage, int32((number // stages - 1) & 1))
+        if number >= stages:
+            barrier_wait(shared, empty + 2 * stage, int32((number // stages - 1) & 1))
+        segment = int32(number // tiles)
+        first = int32(segment * SEGMENT)
+        count = int32(min(int32(columns - first), int32(SEGMENT)) >> 1)
         if lane < 16:
-            order_row(shared, packed, stage, number, lane, tile_0, tiles, last_row, columns)
+            row = min(int32(16 * (tile_0 + number - segment * tiles) + lane), last_row)
+            source = int32((row * (columns >> 5)) + (first >> 5))
+            copy_bulk(shared, ring + stage * STAGE + lane * PITCH, packed, source, count, full + 2 * stage)
 
     @cuda.jit(device=True, inline="always")
     def read_x(x, x_rows, columns, first, g, t, b):
@@ -131,17 +126,16 @@ def kernel(stages):
         tile_0 = int32(cuda.blockIdx.x * tiles)
         tiles = min(int32(tiles), int32(((last_row + 16) >> 4) - tile_0))
         work = int32(tiles * ((columns + (SEGMENT - 1)) // SEGMENT))
+        read_tables(x, levels, code_map, nested, thread, THREADS, pairs, decoded)
+        smallest = offset[0]
         if thread == 0:
             for s in range(stages):
                 barrier_init(shared, full + 2 * s, 16)
                 barrier_init(shared, empty + 2 * s, WARPS)
             barriers_ready()
         cuda.syncthreads()
-        if lane < min(work, int32(stages)):  # lane s for stage s
-            for row in range(warp, 16, WARPS):
-                order_row(shared, packed, lane, lane, int32(row), tile_0, tiles, last_row, columns)
-        read_tables(x, levels, code_map, nested, thread, THREADS, pairs, decoded)
-        smallest = offset[0]
+        for s in range(warp, min(work, int32(stages - 1)), WARPS):
+            order(shared, packed, int32(s), tile_0, tiles, last_row, columns, lane)
         first = int32(64 * BLOCKS * warp)  # this warp's first column in the segment
         read_x(x, x_rows, columns, first, g, t, b)
         row, column_32 = int32(16 * tile_0 + g), int32((first >> 5) + 2 * t)
@@ -183,9 +177,8 @@ def kernel(stages):
             sync_warp()
             if lane == 0:
                 barrier_arrive(shared, empty + 2 * stage, 1)
-            ahead = int32(now - 1 + stages)
-            if now > 0 and warp == now % WARPS and ahead < work:
-                order(shared, packed, ahead, tile_0, tiles, last_row, columns, lane)
+            if warp == now % WARPS and int32(now + stages - 1) < work:
+                order(shared, packed, int32(now + stages - 1), tile_0, tiles, last_row, columns, lane)
             for e in range(4):
                 x_row = int32(2 * t + (e & 1))
                 if x_row < x_rows:
