@@ -35,9 +35,9 @@ def checks(lab, seed=2026):
     return {Path(name).stem: ExceptionTestFile.from_string(text).test_cases for name, text in files.items()}
 
 
-def possible(lab, questions=None):
-    """The points that a lab's checks give, or those of some of its questions."""
-    return sum(check.points for _, check in _chosen(lab, questions))
+def possible(lab, questions=None, which=lambda check: True):
+    """The points that a lab's checks give, or those of some of its questions, or some of its checks."""
+    return sum(check.points for _, check in _chosen(lab, questions) if which(check))
 
 
 def run(notebook, every_cell=False):
@@ -62,10 +62,10 @@ def is_needed(cell):
     return bool(make_labs.question(cell)) or imports or defines
 
 
-def outcome(lab, env, questions=None, seed=2026):
-    """(points, {check: message} of those that fail) of a namespace; other questions than those named are left out."""
+def outcome(lab, env, questions=None, seed=2026, which=lambda check: True):
+    """(points, {check: message} of those that fail) of a namespace, in these questions and by these checks."""
     earned, told = 0.0, {}
-    for question, check in _chosen(lab, questions, seed):
+    for question, check in filter(lambda chosen: which(chosen[1]), _chosen(lab, questions, seed)):
         try:
             with feedback.forgiving() if check.hidden else contextlib.nullcontext():
                 check.body.call_func(env)

@@ -27,7 +27,9 @@ def solution(lab):
 @pytest.mark.parametrize("seed", [2026, 2027, 1])
 @pytest.mark.parametrize("lab", LABS)
 def test_the_master_earns_all_points_with_any_seed(lab, seed):
-    assert masters.outcome(lab, solution(lab), seed=seed) == (masters.possible(lab), {})
+    """What is in sight is checked once: it does not depend on the seed, and that its files do not has a test."""
+    which = lambda check: check.hidden or seed == 2026  # noqa: E731
+    assert masters.outcome(lab, solution(lab), seed=seed, which=which) == (masters.possible(lab, which=which), {})
 
 
 @pytest.mark.parametrize("lab", LABS)
