@@ -213,6 +213,20 @@ def test_after_a_pass_on_a_cpu_with_bfloat16_a_model_is_adopted_with_the_constan
             assert torch.equal(new.absmax, old.absmax.bfloat16().float())
 
 
+@pytest.mark.parametrize("include", ["*", "*q_proj"])
+def test_a_model_with_its_adapters_merged_is_saved_as_what_it_is_and_opened(bitsandbytes, tmp_path, include):
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    nf4lab.add_lora_(model, rank=4, include=include)
+    nf4lab.merge_lora_(model)
+    model.save_pretrained(tmp_path / "out")
+    again = plainly(type(model).from_pretrained(tmp_path / "out"))
+    assert torch.equal(outputs(again), outputs(model))
+    four_bit = {n for n, m in again.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert four_bit == {n for n, m in model.named_modules() if isinstance(m, nf4lab.Linear4bit)}
+    assert len(four_bit) == (0 if include == "*" else 12)
+
+
 def test_an_adopted_model_is_cast_and_a_released_one_is_transformers_quantized_again(bitsandbytes, tmp_path):
     model = in_4_bits("Llama", tmp_path)
     before = {mark: getattr(model, mark) for mark in ("hf_quantizer", "quantization_method", "is_quantized")}

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
+from nf4lab.choice import transformers_models
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
 from nf4lab.layers.starts import STARTS, check_start
-from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer
+from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer, write_quantization_config
 
 
 class LoRALinear(nn.Module):
@@ -141,10 +143,16 @@ def _start(layer: LoRALinear, original: Tensor, init: str) -> None:
 def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every adapted layer of `model` by the plain layer that it merges into, in place.
 
+    The configuration of a model of transformers then says what is left in 4 bits.
     Raises ValueError where there is none.
     """
     for names in choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", ()):
         replace_layer(model, names, model.get_submodule(names[0]).merge(dtype))
+    for _, part in transformers_models(model):
+        if any(isinstance(layer, Stored4bit) for layer in part.modules()):
+            write_quantization_config(part)
+        elif getattr(part.config, "quantization_config", None) is not None:  # nothing in it is in 4 bits any longer
+            del part.config.quantization_config
 
 
 def _can_adapt(layer: nn.Module) -> bool:
