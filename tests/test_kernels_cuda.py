@@ -370,6 +370,12 @@ def test_tensor_core_versions_are_within_rounding_of_float64_at_the_edges(versio
     assert_gemv_within_rounding(11, 24, 128, 64, dtype, version=version, bias=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gemv_v3_is_within_rounding_of_float64(dtype):
+    """Two tiles of one thread block, chunks that some warps lack, and rows of x that fill no fragment."""
+    assert_gemv_within_rounding(3, 80, 512, 64, dtype, version="v3", group_size=256, bias=True)
+
+
 on_tensor_cores = pytest.mark.skipif(SIMULATOR, reason="the simulator would take hours: needs a GPU")
 
 

@@ -50,7 +50,7 @@ def launches(version, rows, n, k, block_size, dtype, device, aligned):
         if one:
             return [one]
     fits = n % 16 == 0 and k % gemv_kernels.STEP == 0 and block_size >= 64 and rows <= 16
-    if version >= "v3" and tensor_cores and not SIMULATOR and fits and rows_that_fit(k, device):
+    if version >= "v3" and tensor_cores and fits and rows_that_fit(k, device):
         return v3_launches(rows, n, k, device)
     simple = version == "v1" or not aligned or k % 32 or block_size < 32
     warps = gemv_kernels.ROWS_OF_W

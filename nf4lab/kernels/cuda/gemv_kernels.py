@@ -17,6 +17,7 @@ from .dequantize_kernels import decode
 from .intrinsics import (
     bits_float,
     float_bits,
+    from_lane,
     has_float16_range,
     load,
     load8,
@@ -31,7 +32,6 @@ from .intrinsics import (
     widen8,
 )
 
-EVERY_LANE = 0xFFFFFFFF
 ROWS_OF_W = 1 if config.ENABLE_CUDASIM else 8  # v1, v2: warps a thread block, one row of W each
 WARPS = 16  # v3: they share a tile of 16 rows of W, and split its columns
 THREADS = 32 * WARPS
@@ -129,9 +129,9 @@ def fill_pairs(shared, levels, lane, warp):
     Every lane loads one level and gets the others from its neighbours.
     """
     level = levels[lane & 15]
-    high = cuda.shfl_sync(EVERY_LANE, level, warp)
+    high = from_lane(level, warp)
     for low in range(16):
-        shared[uint32((16 * warp + low) * 64 + lane)] = pack_half(high, cuda.shfl_sync(EVERY_LANE, level, low))
+        shared[uint32((16 * warp + low) * 64 + lane)] = pack_half(high, from_lane(level, low))
 
 
 @cuda.jit(device=True, inline="always")
@@ -236,6 +236,57 @@ def tensor_core_kernel(fragments):
     batch = 2 if fragments == 1 else 4  # 16-byte loads of x that a thread has under way at once
     batch_words = 4 * batch
 
+    @cuda.jit(device=True, inline="always")
+    def multiply_piece(shared, words, piece, b_at, ahead, lane_bytes, a, b, sums):
+        """sums = 16 rows of W times B in a piece of 128 columns, whose B lies `ahead` 16 bytes behind b_at."""
+        for s in range(all_sums):
+            sums[s] = float32(0)
+        for j in range(4):
+            for h in range(2):
+                for r in range(2):  # row g, row g + 8
+                    word = words[8 * piece + 4 * r + j]
+                    a[4 * h + r] = pair_at(shared, word, 2 * h, lane_bytes)
+                    a[4 * h + r + 2] = pair_at(shared, word, 2 * h + 1, lane_bytes)
+            for f in range(fragments):
+                load16(shared, b_at[f] + ahead + 4 * j, b, 0)
+                for h in range(2):
+                    multiply_16x8x16(
+                        sums, four * (h % chains) + 4 * f,
+                        a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3], b[2 * h], b[2 * h + 1],
+                    )  # fmt: skip
+        for s in range(four, all_sums):
+            sums[s - four] += sums[s]
+
+    @cuda.jit(device=True, inline="always")
+    def add_blocks(sums, scales, quad, low, high):
+        """Add a piece's sums, each times its absmax: lanes quad and quad + 1 hold those of its two blocks."""
+        low_0 = from_lane(scales[0], quad)
+        low_1 = from_lane(scales[0], quad + 1)
+        high_0 = from_lane(scales[1], quad)
+        high_1 = from_lane(scales[1], quad + 1)
+        for f in range(fragments):
+            low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
+            high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1
+
+    @cuda.jit(device=True, inline="always")
+    def put_down(shared, at, x_rows, g, t, low, high):
+        """Write this lane's sums of a tile from word `at` on, and begin anew."""
+        for f in range(fragments):
+            m = 4 * f + t
+            if m < x_rows:
+                place = at + m * 16 + g
+                shared[uint32(place)] = float_bits(low[f])
+                shared[uint32(place + 8)] = float_bits(high[f])
+            low[f] = high[f] = float32(0)
+
+    @cuda.jit(device=True, inline="always")
+    def of_all_warps(shared, at, apart):
+        """The sum of what the warps have put down."""
+        total = float32(0)
+        for w in range(WARPS):
+            total += bits_float(shared[uint32(at + w * apart)])
+        return total
+
     @cuda.jit
     def v3(
         x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y,
@@ -249,6 +300,8 @@ def tensor_core_kernel(fragments):
         b_at = cuda.local.array(fragments, int32)  # where this lane's part of B starts, in 16 bytes: in x, or zeros
         raw = cuda.local.array(batch_words, uint32)
         sums = cuda.local.array(all_sums, float32)
+        scales = cuda.local.array(2, float32)  # absmax of rows g and g + 8 in this lane's 64 columns
+        coming = cuda.local.array(2, float32)  # the next step's
         low = cuda.local.array(fragments, float32)  # row g of the tile, x's row 4f + t
         high = cuda.local.array(fragments, float32)  # row g + 8
         thread = uint32(cuda.threadIdx.x)
@@ -264,17 +317,13 @@ def tensor_core_kernel(fragments):
         vectors = int32((rows * k) >> 3)
         read_x(x, int32(thread), vectors, batch, raw)
         fill_pairs(shared, levels, lane, warp)
-        scale_low = scale_high = next_low = next_high = float32(0)
+        for h in range(2):
+            scales[h] = coming[h] = float32(0)
         if chunk < chunks:
             fetch(packed, (start >> 5) + my_codes, of_8_rows, words)
-            block = start + my_block
-            scale_low = absmax_of(
-                block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
-            )
-            scale_high = absmax_of(
-                (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
-            )
-
+            for h in range(2):
+                block = (start + my_block + 8 * h * k) >> block_shift
+                scales[h] = absmax_of(block, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
         if thread < uint32(X - PAIRS_END):
             shared[uint32(PAIRS_END) + thread] = uint32(0)
         end = X + ((rows * k) >> 1)
@@ -298,58 +347,24 @@ def tensor_core_kernel(fragments):
             next_tile, next_chunk, start = next_step(tile, chunk, start, warp, past, jump)
             if next_tile < tiles and next_chunk < chunks:
                 fetch(packed, (start >> 5) + my_codes, of_8_rows, ahead)
-                block = start + my_block
-                next_low = absmax_of(
-                    block >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
-                )
-                next_high = absmax_of(
-                    (block + 8 * k) >> block_shift, absmax, codes, group_absmax, offset, code_map, group_shift, nested
-                )
+                for h in range(2):
+                    block = (start + my_block + 8 * h * k) >> block_shift
+                    coming[h] = absmax_of(block, absmax, codes, group_absmax, offset, code_map, group_shift, nested)
             if chunk < chunks:
                 for piece in range(2):
-                    for f in range(all_sums):
-                        sums[f] = float32(0)
-                    for j in range(4):
-                        for h in range(2):
-                            for r in range(2):  # row g, row g + 8
-                                word = words[8 * piece + 4 * r + j]
-                                a[4 * h + r] = pair_at(shared, word, 2 * h, lane_bytes)
-                                a[4 * h + r + 2] = pair_at(shared, word, 2 * h + 1, lane_bytes)
-                        for f in range(fragments):
-                            load16(shared, b_at[f] + chunk * b_step + 16 * piece + 4 * j, b, 0)
-                            for h in range(2):
-                                multiply_16x8x16(
-                                    sums, four * (h % chains) + 4 * f,
-                                    a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3], b[2 * h], b[2 * h + 1],
-                                )  # fmt: skip
-                    quad = (lane & 28) + 2 * piece  # the lane that holds these 64 columns' absmax
-                    low_0 = cuda.shfl_sync(EVERY_LANE, scale_low, quad)
-                    low_1 = cuda.shfl_sync(EVERY_LANE, scale_low, quad + 1)
-                    high_0 = cuda.shfl_sync(EVERY_LANE, scale_high, quad)
-                    high_1 = cuda.shfl_sync(EVERY_LANE, scale_high, quad + 1)
-                    for c in range(four, all_sums):
-                        sums[c - four] += sums[c]
-                    for f in range(fragments):
-                        low[f] += sums[4 * f] * low_0 + sums[4 * f + 1] * low_1
-                        high[f] += sums[4 * f + 2] * high_0 + sums[4 * f + 3] * high_1
+                    multiply_piece(shared, words, piece, b_at, chunk * b_step + 16 * piece, lane_bytes, a, b, sums)
+                    add_blocks(sums, scales, (lane & 28) + 2 * piece, low, high)
             for e in range(16):
                 words[e] = ahead[e]
-            scale_low, scale_high = next_low, next_high
+            for h in range(2):
+                scales[h] = coming[h]
             if next_tile != tile:  # the tile is done: the 16 warps add up
                 sums_at = int32(end + buffer * WARPS * 16 * x_rows)
-                for f in range(fragments):
-                    m = 4 * f + t
-                    if m < x_rows:
-                        place = sums_at + (warp * x_rows + m) * 16 + g
-                        shared[uint32(place)] = float_bits(low[f])
-                        shared[uint32(place + 8)] = float_bits(high[f])
-                    low[f] = high[f] = float32(0)
+                put_down(shared, sums_at + warp * 16 * x_rows, x_rows, g, t, low, high)
                 cuda.syncthreads()
                 if turn < 16 * x_rows:
-                    total = float32(0)
-                    for w in range(WARPS):
-                        total += bits_float(shared[uint32(sums_at + w * 16 * x_rows + turn)])
                     column = 16 * int64(tile) + (turn & 15)
+                    total = of_all_warps(shared, sums_at + turn, 16 * x_rows)
                     finish(y, bias, has_bias, (turn >> 4) * n + column, column, total * inverse)
                 if fragments < 4:  # with 16 rows half of the warps add up anyway, and registers are scarce
                     turn = int32((turn + 32) & (THREADS - 1))
