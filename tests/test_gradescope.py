@@ -130,5 +130,6 @@ def test_setup_makes_an_environment_that_grades(archive, tmp_path):
     right = graded(folder, {"lab1.ipynb": as_bytes(solved("lab1"))})
     assert (right["score"], right["output"]) == (20, "graded")
     python = folder / "source" / ".venv" / "bin" / "python"
-    found = subprocess.check_output([python, "-c", "import nf4lab; print(nf4lab.__file__)"], cwd="/", text=True)
+    command = [python, "-I", "-c", "import nf4lab; print(nf4lab.__file__)"]  # without what a developer's PYTHONPATH has
+    found = subprocess.check_output(command, cwd="/", text=True)
     assert found.startswith(str(folder))
