@@ -39,10 +39,11 @@ def manuals_model(dtype: torch.dtype = torch.float32) -> tuple["LlamaForCausalLM
 
 
 def texts(name: str) -> list[str]:
-    """The documents of one of four texts that come with the package.
+    """The documents of one of six texts that come with the package.
 
     "manuals": a page each, held out of manuals that the model has learned from. "flask": pages of a manual of which it
     has seen none. "novels-to-learn", "novels-held-out": beginnings of four and of two other novels by Jane Austen.
+    "python": docstrings of 80 of Python's modules; "python-code": the ends of twenty of them.
     Raises ValueError for another name. Source and licence of each: texts/README.md in the package.
     """
     path = TEXTS / f"{name}.jsonl"
