@@ -29,9 +29,9 @@ import tables
 from intake import Submission
 from judge import Job, grade_one, job_of, not_graded
 from sandbox import Limits
-from tqdm import tqdm
 
 from nf4lab.__main__ import Stopped, listen
+from nf4lab.progress import progress_bar
 
 
 def grade_here(files: dict[str, bytes], job: Job, jobs: int):
@@ -90,8 +90,10 @@ def rows_of(found: dict[str, Submission], job: Job, work, report: tables.Report,
             rows.append(_saved(row, one, digests[name], report))
     new = {}
     for what in (job.lab, "once more"):
-        for row in tqdm(work(files) if files else (), total=len(files), unit="notebook", desc=what):
-            new[row["student"]] = _saved(row, found[row["student"]], digests[row["student"]], report)
+        with progress_bar(what, len(files), "notebook") as bar:
+            for row in work(files) if files else ():
+                new[row["student"]] = _saved(row, found[row["student"]], digests[row["student"]], report)
+                bar.update(1)
         files = {name: data for name, data in files.items() if not new[name]["graded"]}
         if not files:
             break

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from walks import walk
 
 import nf4lab
+from nf4lab.kernels.cuda import ptx, simulated
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,3 +141,14 @@ def test_importing_the_package_loads_neither_scipy_stats_nor_numba_nor_matplotli
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_what_kernels_take_from_the_intrinsics_is_there_for_a_gpu_and_for_the_simulator():
+    rooms = (ROOT / "nf4lab" / "kernels" / "cuda").glob("*.py")
+    imports = [
+        node for path in rooms for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    taken = {alias.name for node in imports if (node.module or "").endswith("intrinsics") for alias in node.names}
+    assert len(taken) > 30
+    for module in (ptx, simulated):
+        assert not [name for name in taken if not hasattr(module, name)]

@@ -29,6 +29,10 @@
 from numba import config
 
 if config.ENABLE_CUDASIM:
-    from .simulated import *
+    from . import simulated as words
 else:
-    from .ptx import *
+    from . import ptx as words
+
+
+def __getattr__(name):
+    return getattr(words, name)
