@@ -35,7 +35,7 @@ from nf4lab.kernels.cuda import crossover, dequantize_kernels, fused, quantize_k
 
 PACKAGES = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
 BLOCK = 64
-COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: six L2 caches
+COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: five L2 caches
 SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
 ALL_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512, 2048)
 records = []

@@ -8,7 +8,8 @@ v2  one thread, eight values by 16-byte loads; the threads of a block share thei
 v3  the code from a table of 64 cells, made beforehand: one lookup and one comparison instead of 15 comparisons
 v4  two such groups a thread, both loads under way before the table is needed
 v5  one thread, 64 bytes of x: what a thread does once is shared by 16 or 32 values; the table of cells cut in two, so
-    that no two cells meet in a bank of shared memory; three instructions to add a code: the one in use
+    that of its 33 cells only the outermost two meet in a bank of shared memory; three instructions to add a code: the
+    one in use
 
 Every version takes (x, boundaries, cells, packed, absmax, flag, n, block_shift, numbering, check, wide), with
 block_size = 2**block_shift; v1 and v2 leave `cells` alone, v3 to v5 `boundaries` and `numbering`. A NaN or infinity
