@@ -141,13 +141,12 @@ def test_a_barrier_that_some_threads_miss_is_named_and_no_thread_is_left_behind(
         cuda.syncthreads()
         out[cuda.threadIdx.x] = x[cuda.threadIdx.x]
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(KernelMistake, match=r"thread 0 waits at .* thread 20 has ended without reaching it"):
         trace(early, 1, 32, floats(20), floats(20))
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread():
-            thread.join(timeout=60)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 def test_a_barrier_inside_an_if_is_named_rather_than_the_race_behind_it():
