@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ def bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     with torch_dynamo.config.patch(disable=True):
         yield functional
+
+
+@pytest.fixture
+def signals_of_a_terminal():
+    """SIGINT, SIGTERM and SIGHUP as a terminal hands them down; to what runs in the background some are ignored."""
+    handlers = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
+    defaults = zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handlers, strict=True)
+    before = {number: signal.signal(number, handler) for number, handler in defaults}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

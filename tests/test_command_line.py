@@ -122,6 +122,7 @@ def test_a_killed_run_leaves_no_file_under_the_final_name_and_the_next_run_succe
     assert isinstance(nf4lab.load_quantized(target)["down.weight"], nf4lab.QuantizedTensor)
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 @pytest.mark.parametrize(
     ("signal", "status", "words"),
     [

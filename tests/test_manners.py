@@ -313,17 +313,6 @@ def test_a_signal_at_a_random_moment_loses_nothing_and_leaves_nothing_unsaid(tmp
     assert len(nf4lab.load_quantized(out)) == 20 and not partial.leftovers(out)
 
 
-@pytest.fixture
-def signals_of_a_terminal():
-    """SIGINT, SIGTERM and SIGHUP as a terminal hands them down; to what runs in the background some are ignored."""
-    handlers = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
-    defaults = zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handlers, strict=True)
-    before = {number: signal.signal(number, handler) for number, handler in defaults}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("signals_of_a_terminal")
 def test_a_second_signal_does_not_stop_the_removal_of_what_was_begun(tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "in.safetensors", tmp_path / "out"
