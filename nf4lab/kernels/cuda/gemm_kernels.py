@@ -165,6 +165,17 @@ def kernel(layout):
                 copy16(shared, int32(to + 4 * j * at_once * pitch), data, int32(sources[j] + ahead))
 
     @cuda.jit(device=True, inline="always")
+    def copy_step(
+        shared, w_to, packed, w_from, w_ahead, w_row, w_vector, k_32, x_to, x, x_from, x_ahead, x_row, x_vector, k_8
+    ):
+        """Set under way: this thread's share of the codes and of x that a step needs, where there are columns left."""
+        if int32(w_ahead + w_vector) < k_32:
+            copy_rows(shared, w_to, w_pitch, packed, w_from, w_ahead, w_row, 16 * tiles, most_w, w_at_once)
+        if int32(x_ahead + x_vector) < k_8:
+            copy_rows(shared, x_to, x_pitch, x, x_from, x_ahead, x_row, 8 * eights, most_x, x_at_once)
+        copies_go()
+
+    @cuda.jit(device=True, inline="always")
     def read_scales(
         absmax, codes, group_absmax, nested, first, column_32, k_32, shift, group_shift, read, coded
     ):  # fmt: skip
@@ -239,33 +250,10 @@ def kernel(layout):
         w_to = int32(start + x_bytes + 4 * (w_row * w_pitch + 4 * w_vector))
         w_ahead, x_ahead = int32(0), int32(0)
         for s in range(stages - 1):
-            if int32(w_ahead + w_vector) < k_32:
-                copy_rows(
-                    shared,
-                    int32(w_to + s * stage_bytes),
-                    w_pitch,
-                    packed,
-                    w_from,
-                    w_ahead,
-                    w_row,
-                    16 * tiles,
-                    most_w,
-                    w_at_once,
-                )
-            if int32(x_ahead + x_vector) < k_8:
-                copy_rows(
-                    shared,
-                    int32(x_to + s * stage_bytes),
-                    x_pitch,
-                    x,
-                    x_from,
-                    x_ahead,
-                    x_row,
-                    8 * eights,
-                    most_x,
-                    x_at_once,
-                )
-            copies_go()
+            copy_step(
+                shared, int32(w_to + s * stage_bytes), packed, w_from, w_ahead, w_row, w_vector, k_32,
+                int32(x_to + s * stage_bytes), x, x_from, x_ahead, x_row, x_vector, k_8,
+            )  # fmt: skip
             w_ahead, x_ahead = int32(w_ahead + vectors), int32(x_ahead + x_vectors)
         for h in range(2):
             tile = int32(down * min(t, int32(tiles_a_warp - 1)) + down_at)
@@ -284,13 +272,10 @@ def kernel(layout):
         for _ in range(steps):
             copies_done(in_flight)
             cuda.syncthreads()
-            if int32(w_ahead + w_vector) < k_32:
-                copy_rows(
-                    shared, int32(w_to + fill), w_pitch, packed, w_from, w_ahead, w_row, 16 * tiles, most_w, w_at_once
-                )
-            if int32(x_ahead + x_vector) < k_8:
-                copy_rows(shared, int32(x_to + fill), x_pitch, x, x_from, x_ahead, x_row, 8 * eights, most_x, x_at_once)
-            copies_go()
+            copy_step(
+                shared, int32(w_to + fill), packed, w_from, w_ahead, w_row, w_vector, k_32,
+                int32(x_to + fill), x, x_from, x_ahead, x_row, x_vector, k_8,
+            )  # fmt: skip
             w_ahead, x_ahead = int32(w_ahead + vectors), int32(x_ahead + x_vectors)
             fill = int32(fill + stage_bytes) if fill < last_stage else int32(0)
             if column_32 < k_32:
