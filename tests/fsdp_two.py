@@ -1,6 +1,16 @@
-"""Two processes of `test_sharding.py`: a quantized model with adapters under fully_shard, and what came of it."""
+"""Two processes of FSDP2: quantized models with adapters, cut in two by fully_shard, and what came of a step of each.
 
+`test_sharding.py` compares it with one process. By itself it prints the comparison, on the CPU or on two GPUs:
+
+    python tests/fsdp_two.py cuda
+"""
+
+import os
+import subprocess
 import sys
+import tempfile
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,48 +21,120 @@ from torch.distributed.tensor import DTensor
 
 import nf4lab
 
+SECONDS = 300  # for two processes: importing torch twice on busy cores takes most of it
 
-def model_and_data():
+
+class Case(NamedTuple):
+    """double_quant: whether the constants are quantized. dtype: of the model. adapters: their dtype."""
+
+    double_quant: bool
+    dtype: torch.dtype = torch.float32
+    adapters: torch.dtype = torch.float32
+
+
+CASES = {
+    "float32": Case(False),
+    "float32, double quantization": Case(True),
+    "bfloat16": Case(False, torch.bfloat16, torch.bfloat16),
+    "bfloat16, double quantization": Case(True, torch.bfloat16, torch.bfloat16),
+    "bfloat16, adapters in float32": Case(True, torch.bfloat16),
+}
+
+
+def model_and_batches(case: Case, device: str):
     """A model of two blocks, quantized, with adapters on both layers of each, and a batch for each of two processes."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(2)]
-    model = nn.Sequential(*blocks)
-    nf4lab.quantize_model_(model, double_quant=True)
-    nf4lab.add_lora_(model, rank=4)
+    model = nn.Sequential(*blocks).to(case.dtype)
+    nf4lab.quantize_model_(model, double_quant=case.double_quant)
+    nf4lab.add_lora_(model, rank=4, dtype=case.adapters)
     for layer in model.modules():
         if isinstance(layer, nf4lab.LoRALinear):
             nn.init.normal_(layer.lora_B, std=0.1)
-    return model, torch.randn(2, 8, 64)
+    batches = torch.randn(2, 8, 64).to(device, case.dtype)
+    return model.to(device), batches
 
 
-def step(model, x):
-    """One step of training; returns the output."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    y = model(x)
-    y.square().mean().backward()
-    optimizer.step()
-    return y.detach()
+def train(model, batches):
+    """Two steps on the mean of the batches' losses; returns what each batch gave, at last without autograd."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, answers = torch.optim.SGD(trained, 0.1), [[] for _ in batches]
+    for _ in range(2):
+        for x, given in zip(batches, answers, strict=True):
+            given.append(model(x))
+            given[-1].square().mean().backward()
+        for p in trained:
+            p.grad /= len(batches)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        last = [model(x[:3]) for x in batches]
+    return [torch.cat([*given, y]).detach().cpu() for given, y in zip(answers, last, strict=True)]
 
 
 def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor, put together where processes have parts of it, on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def main(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model, data = model_and_data()
+def in_one(case: Case, device: str) -> dict:
+    """What one process has afterwards: what both batches gave, and the state."""
+    model, batches = model_and_batches(case, device)
+    answers = train(model, batches)
+    return {"answers": answers, "state": {key: whole(value) for key, value in model.state_dict().items()}}
+
+
+def in_two(case: Case, device: str, rank: int) -> dict:
+    """What this one of two processes has: what its batch gave, its bytes, and the state that both have together."""
+    model, batches = model_and_batches(case, device)
     packed = sum(layer.packed.nbytes for layer in model.modules() if isinstance(layer, nf4lab.Linear4bit))
     nf4lab.shardable_(model)
-    mesh = init_device_mesh("cpu", (2,))
-    for block in model:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    local = sum(p.to_local().nbytes for n, p in model.named_parameters() if n.endswith("packed"))
-    y = step(model, data[rank])
-    state = {key: whole(value).clone() for key, value in model.state_dict().items()}
-    torch.save({"y": y, "state": state, "local": local, "packed": packed}, f"{folder}/{rank}.pt")
+    mesh = init_device_mesh(device, (2,))
+    for part in [*model, model]:
+        fully_shard(part, mesh=mesh)
+    local = sum(p.to_local().nbytes for name, p in model.named_parameters() if name.endswith("packed"))
+    (answers,) = train(model, batches[rank : rank + 1])
+    state = {key: whole(value) for key, value in model.state_dict().items()}
+    return {"answers": answers, "state": state, "local": local, "packed": packed}
+
+
+def both(device: str, folder: str) -> list[dict]:
+    """What each of two processes has after a step of each case, by the case's name."""
+    command = [sys.executable, __file__, device, folder]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, env=one_thread) for rank in (0, 1)]
+    try:
+        errors = [run.communicate(timeout=SECONDS)[1].decode() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    if any(run.returncode for run in runs):
+        raise RuntimeError("\n".join(error[-3000:] for error in errors))
+    return [torch.load(f"{folder}/{rank}.pt") for rank in (0, 1)]
+
+
+def one_of_two(device: str, folder: str, rank: int) -> None:
+    """A process of `both`."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    meeting = f"file://{folder}/meeting"
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, meeting, timedelta(seconds=SECONDS), rank=rank, world_size=2)
+    torch.save({name: in_two(case, device, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+def main(device: str) -> None:
+    """Print, for each case, how far two processes are from one."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = both(device, folder)
+    for name, case in CASES.items():
+        one, two = in_one(case, device), [each[name] for each in found]
+        far = [(each["answers"] - one["answers"][rank]).abs().max().item() for rank, each in enumerate(two)]
+        other = [key for key, value in one["state"].items() if not torch.equal(two[0]["state"][key], value)]
+        print(f"{name}: answers differ by {far}; of {len(one['state'])} tensors {other or 'none'} differ; "
+              f"packed bytes {[each['local'] for each in two]} of {two[0]['packed']}", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1]) if len(sys.argv) == 2 else one_of_two(sys.argv[1], sys.argv[2], int(sys.argv[3]))

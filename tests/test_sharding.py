@@ -1,50 +1,40 @@
 """FSDP2 on two processes: a quantized model with adapters, cut in two, does what it does whole."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from fsdp_two import CASES, both, in_one
 from torch import nn
 
 import nf4lab
 from nf4lab.layers import sharded
 from nf4lab.layers.stored import Stored4bit
 
-PROGRAM = Path(__file__).with_name("fsdp_two.py")
 
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What each of two processes has after a step."""
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device_and_found(request, tmp_path_factory):
+    """(a device, what each of two processes on such devices has after training, by case)."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("fsdp")
-    runs = [subprocess.Popen([sys.executable, PROGRAM, str(rank), folder], stderr=subprocess.PIPE) for rank in (0, 1)]
-    errors = [run.communicate(timeout=3600)[1].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("torch finds no two CUDA GPUs")
+    return request.param, both(request.param, str(tmp_path_factory.mktemp("fsdp")))
 
 
-def test_each_process_holds_half_of_the_packed_bytes(both):
-    for found in both:
-        assert found["local"] == found["packed"] / 2
+@pytest.mark.parametrize("case", CASES)
+def test_each_process_holds_half_of_the_packed_bytes(device_and_found, case):
+    for found in device_and_found[1]:
+        assert found[case]["local"] == found[case]["packed"] / 2
 
 
-def test_forward_backward_and_state_are_those_of_one_process(both):
-    from fsdp_two import model_and_data, step
-
-    model, data = model_and_data()
-    whole = step(model, data.flatten(0, 1))  # the mean over both batches is what the mean of both gradients is of
-    for rank, found in enumerate(both):
-        assert torch.equal(found["y"], whole.reshape(2, 8, 64)[rank])
-        assert found["state"].keys() == model.state_dict().keys()
-        for name, tensor in model.state_dict().items():
-            if "lora" in name:  # gradients of two batches are summed in another order
-                torch.testing.assert_close(found["state"][name], tensor)
-            else:
-                assert torch.equal(found["state"][name], tensor), name
+@pytest.mark.parametrize("case", CASES)
+def test_forward_backward_and_state_are_those_of_one_process(device_and_found, case):
+    device, found = device_and_found
+    one = in_one(CASES[case], device)
+    for rank, two in enumerate(found):
+        assert torch.equal(two[case]["answers"], one["answers"][rank])
+        assert two[case]["state"].keys() == one["state"].keys()
+        for name, tensor in one["state"].items():  # a sum of two gradients has one order: adapters are equal too
+            assert torch.equal(two[case]["state"][name], tensor), name
 
 
 def test_without_processes_a_shardable_model_is_the_same_and_is_saved_alike():
