@@ -6,6 +6,9 @@ resident memory are the system's count of them (`wait4`). A second part writes 5
 counted is overhead.
 
     python benchmarks/folders.py two-cores --scratch /tmp
+    python benchmarks/folders.py nvidia-h200 --device cuda --scratch /dev/shm --layers 8
+
+On a GPU the ways are the command without it and with it; what torch's allocator took there at most is counted, too.
 """
 
 import argparse
@@ -20,15 +23,24 @@ import tempfile
 import time
 
 import torch
-from provenance import provenance
+from provenance import processor, provenance
 from safetensors.torch import save_file
 
+OTHERS = ["bitsandbytes", "distributed"]  # whose ways are measured, too
 LLAMA = {
     "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
     "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
     "max_position_embeddings": 8192, "dtype": "bfloat16",
 }  # fmt: skip
 SHARD = 10**9  # bytes
+COUNTED = """
+import pathlib, sys, torch
+from nf4lab.__main__ import main
+peak, *words = sys.argv[1:]
+status = main(words)
+pathlib.Path(peak).write_text(str(torch.cuda.max_memory_allocated() / 2**20))
+sys.exit(status)
+"""
 MANY = "50,000 tensors of 64x64"
 THEIRS = """
 import sys, torch
@@ -43,20 +55,25 @@ model.save_pretrained(target)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the record: results/NAME-folders.json")
-    parser.add_argument("--scratch", default=None, help="a folder with 16 GB of room")
-    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="fewer, for a trial")
+    parser.add_argument("--scratch", default=None, help="a folder with 16 GB of room, for all layers")
+    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="fewer, for less time")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: what a GPU makes of it")
     options = parser.parse_args()
-    packages = ["torch", "numpy", "numba", "safetensors", "transformers", "bitsandbytes", "distributed"]
-    record = provenance("benchmarks/folders.py", packages)
+    on_gpu = options.device == "cuda"
+    packages = ["torch", "numpy", "numba", "safetensors", "transformers"]
+    record = provenance("benchmarks/folders.py", [*packages, "numba-cuda"] if on_gpu else [*packages, *OTHERS])
     record |= {"load_before": os.getloadavg()[0], "threads": torch.get_num_threads()}
+    record |= {"processor": processor()} if on_gpu else {}
+    ways = (alone, on_a_gpu) if on_gpu else (alone, with_dask, bitsandbytes)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         scratch = pathlib.Path(folder)
-        source = apart(make_model, scratch / "model", options.layers)
+        source = apart(make_model, scratch / "model", options.layers, options.device)
         record["bytes"] = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         record["shards"] = len(list(source.glob("*.safetensors")))
-        record["records"] = [in_turn(way, source, scratch / "out") for way in (alone, with_dask, bitsandbytes)]
+        record["records"] = [in_turn(way, source, scratch / "out") for way in ways]
         shutil.rmtree(source)
-        record["records"].append(in_turn(alone, apart(make_many, scratch / "many"), scratch / "out", MANY))
+        if not on_gpu:
+            record["records"].append(in_turn(alone, apart(make_many, scratch / "many"), scratch / "out", MANY))
     path = pathlib.Path(__file__).parent / "results" / f"{options.name}-folders.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -73,6 +90,13 @@ def in_turn(way, source: pathlib.Path, target: pathlib.Path, case: str | None = 
 def alone(source: pathlib.Path, target: pathlib.Path) -> dict:
     """nf4lab quantize IN OUT --double-quant"""
     return measured([start(*nf4lab_quantize(source, target))])
+
+
+def on_a_gpu(source: pathlib.Path, target: pathlib.Path) -> dict:
+    """the same with --device cuda"""
+    peak, (_, _, *words) = target.with_name("peak"), nf4lab_quantize(source, target)
+    row = measured([start("-c", COUNTED, str(peak), *words, "--device", "cuda")])
+    return row | {"gpu_peak_mib": float(peak.read_text())} if peak.exists() else row
 
 
 def with_dask(source: pathlib.Path, target: pathlib.Path) -> dict:
@@ -140,15 +164,15 @@ def apart(make, folder: pathlib.Path, *arguments) -> pathlib.Path:
     return folder
 
 
-def make_model(folder: pathlib.Path, layers: int) -> None:
-    """A folder of a causal language model of random weights, shard by shard."""
+def make_model(folder: pathlib.Path, layers: int, device: str) -> None:
+    """A folder of a causal language model of random weights, shard by shard; they are drawn on the device."""
     import transformers
 
     config = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": layers}, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head has no name
-    generator, groups, nbytes = torch.Generator().manual_seed(0), [[]], 0
+    generator, groups, nbytes = torch.Generator(device).manual_seed(0), [[]], 0
     for name, shape in shapes.items():
         if groups[-1] and nbytes + 2 * shape.numel() > SHARD:
             groups.append([])
@@ -160,10 +184,10 @@ def make_model(folder: pathlib.Path, layers: int) -> None:
     index = {}
     for k, names in enumerate(groups):
         shard = f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
-        made = {name: torch.empty(shapes[name], dtype=torch.bfloat16) for name in names}
+        made = {name: torch.empty(shapes[name], dtype=torch.bfloat16, device=device) for name in names}
         for tensor in made.values():
             tensor.normal_(std=0.02, generator=generator)
-        save_file(made, folder / shard, {"format": "pt"})
+        save_file({name: tensor.cpu() for name, tensor in made.items()}, folder / shard, {"format": "pt"})
         index |= dict.fromkeys(names, shard)
     text = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(text))
