@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from scipy.stats import norm
 
 import nf4lab
 from nf4lab import theory
@@ -131,3 +132,12 @@ def test_the_cheat_sheet_has_the_bits_and_errors_that_the_package_calculates():
     lloyd = theory.known_scale(nf4lab.codebooks.lloyd_max()).mse
     assert table["Lloyd-Max, $\\sigma$ known, no constants"][2] == f"{lloyd:.5f}"
     assert table["Shannon limit"][2] == f"{nf4lab.shannon_limit(4.5):.5f}"
+
+
+def test_the_cheat_sheet_has_the_share_of_normal_weights_that_one_far_out_rounds_to_zero():
+    levels = nf4lab.codebooks.nf4().double()
+    below, above = ((levels[1:] + levels[:-1]) / 2)[6:8].tolist()  # around zero
+    said = re.search(r"(\d+)% of normal weights with one at (\d+) sigma, (\d+)% with one at (\d+)", SHEET).groups()
+    for percent, sigmas in (said[:2], said[2:]):
+        zeros = norm.cdf(above * int(sigmas)) - norm.cdf(below * int(sigmas))
+        assert percent == f"{100 * zeros:.0f}"

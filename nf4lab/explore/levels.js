@@ -117,6 +117,6 @@ function parts(say) {
 mount("levels", CSS, {
   title: "Equal use or least error?",
   question: "Drag the tail until the bars are as even as you can get them. Does the error fall with it?",
-  look: "where the bars are most even, the error is nearly twice NF4’s. Equal use and least error are two aims.",
+  look: "where the entropy is highest, the error is nearly twice NF4’s. Equal use and least error are two aims.",
   parts,
 });
