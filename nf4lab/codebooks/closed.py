@@ -55,8 +55,8 @@ def nf3(tail: float = TAIL) -> Tensor:
 
     NF4's rule with half of everything, and the same outermost probability: quantiles of the standard normal at 4
     evenly spaced probabilities above 0.5 and at 3 below, from `tail` inwards, an exact zero between them, all divided
-    by the largest. The tail of NF4 was made for 16 levels; those who published 3 and 2 bits kept it (LQ-LoRA, LoftQ).
-    By the way in which it was made, half-way between the last midpoints of 7 and of 8 levels, it would be 0.9330357.
+    by the largest. The tail is that of 16 levels; those who published 3 and 2 bits kept it (LQ-LoRA, LoftQ).
+    By the rule that gives NF4's digits, half-way between the last midpoints of 7 and 8 levels, it would be 0.9330357.
 
     >>> nf3()
     tensor([-1.0000, -0.4786, -0.2171,  0.0000,  0.1609,  0.3379,  0.5626,  1.0000])
