@@ -1,11 +1,13 @@
 """What beats rounding to nearest: two models, thirteen methods, judged on text that none of them was calibrated on.
 
-    python benchmarks/beyond.py [--only encoder | "language model" | seconds]      ten minutes of one core
+    python benchmarks/beyond.py [--only PART]      a quarter of an hour of one core
     python benchmarks/beyond.py --table
-    python benchmarks/beyond.py --device cuda                                      under a minute of one GPU
+    python benchmarks/beyond.py --device cuda      under a minute of one GPU
 
 writes nf4lab/models/records/beyond.json, and prints the tables of book/which-one-today.md from it, as `nf4lab.league`
-reads them. On a GPU it measures what beyond_gpu.py lists, and writes results/<device>-beyond.json.
+reads them. On a GPU it measures what beyond_gpu.py lists, and "each method", and writes results/<device>-beyond.json.
+A part keeps device, versions, date and commit of its own. What stands above the parts in beyond.json is older: where
+"seconds" comes from, and of the parts before it the last.
 
 All at blocks of 64 and 4.5 bits per weight; what a method stores beside is counted. Each method twice, in ways that are
 as good as one another: rotations with another seed, everything else with columns moved on by half a block, so that
@@ -15,19 +17,25 @@ encoder         all-MiniLM-L6-v2, calibrated on pages of the manual of Flask; it
                 its layers' outputs on pages of other manuals
 language model  nf4lab.models.manuals_model, calibrated on held-out pages of manuals; judged on other such pages and on
                 Flask's, its layers' outputs on Flask's
+folders         nf4lab.models.manuals_model as folders that the command writes and bitsandbytes reads: beyond_folders.py
 seconds         what feedback costs a layer of 4096 x 4096, with one and with two threads; nothing else should run
+each method     seconds and memory of the thirteen, on such a layer: the same
 """
 
 import argparse
+import ctypes
+import functools
+import itertools
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import beyond_folders
 import beyond_gpu
 import torch
-from provenance import provenance
+from provenance import keep, provenance
 
 import nf4lab
 from nf4lab import league, models
@@ -133,15 +141,20 @@ def measure(name: str, layers: dict, judge) -> dict:
     return {"methods": table, "shapes": {layer: tuple(w.shape) for layer, w in weights.items()}}
 
 
-def seconds_of_a_layer(n: int = 4096) -> dict:
+def large_layer(n: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (n, n), and the second moments of inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -3, n)
+    return torch.randn(n, n, generator=generator), x.T @ x / len(x)
+
+
+def seconds_of_a_layer() -> dict:
     """threads -> what -> wall seconds, three times each: the factor of the Hessian alone, and all of `quantize`.
 
     load_before: what else ran on the machine, on the average of the minute before.
     """
     load = round(os.getloadavg()[0], 2)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -3, n)
-    w, hessian = torch.randn(n, n, generator=generator), x.T @ x / len(x)
+    w, hessian = large_layer()
     what = {"factor": lambda: feedback_factor(hessian), "layer": lambda: nf4lab.quantize(w, hessian=hessian)}
     nf4lab.quantize(w[:256], hessian=hessian)  # numba compiles
     found = {"load_before": load}
@@ -153,7 +166,44 @@ def seconds_of_a_layer(n: int = 4096) -> dict:
     return found
 
 
-def wall_seconds(run) -> float:
+def cost_of_each_method(device: str = "cpu", threads: int = 2) -> dict:
+    """method -> wall seconds for a large layer, three times, and bytes: the most at once, beyond w and its moments."""
+    load = round(os.getloadavg()[0], 2)
+    w, hessian = (x.to(device) for x in large_layer())
+    torch.set_num_threads(threads)
+    found = {}
+    for method, make in METHODS.items():
+        make(w[:256], hessian, 0)  # what numba compiles
+        run = functools.partial(make, w, hessian, 0)
+        nbytes = most_bytes(device, run)
+        found[method] = {"seconds": [wall_seconds(run, device) for _ in range(3)], "bytes": nbytes}
+        print(method, found[method], flush=True)
+    torch.set_num_threads(1)
+    return {"load_before": load, "threads": threads, "methods": found}
+
+
+def most_bytes(device: str, run) -> int:
+    """The most memory that a run has in use at once, beyond what was in use before; on the CPU, Linux's count."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew, at what is resident
+    before = high_water()
+    run()
+    return high_water() - before
+
+
+def high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def wall_seconds(run, device: str = "cpu") -> float:
+    if device == "cuda":
+        return round(beyond_gpu.clock_us(run) / 1e6, 5)
     start = time.perf_counter()
     run()
     return round(time.perf_counter() - start, 2)
@@ -171,52 +221,48 @@ def measure_model(name: str) -> dict:
 
 
 PARTS = {
-    "encoder": lambda: measure_model("encoder"),
-    "language model": lambda: measure_model("language model"),
-    "seconds": seconds_of_a_layer,
+    "cpu": {
+        "encoder": lambda: measure_model("encoder"),
+        "language model": lambda: measure_model("language model"),
+        "folders": beyond_folders.measure,
+        "seconds": seconds_of_a_layer,
+        "each method": cost_of_each_method,
+    },
+    "cuda": {
+        **{name: lambda part=part: {"records": part()} for name, part in beyond_gpu.PARTS.items()},
+        "each method": lambda: cost_of_each_method("cuda"),
+    },
 }
-
-
-def measure_on_gpu(folder: Path, only: str | None) -> None:
-    """The parts of beyond_gpu.py, or one of them, into the device's own record."""
-    if reason := cuda.available():
-        sys.exit(f"nothing measured: {reason}")
-    start = time.perf_counter()
-    records = [entry for name, part in beyond_gpu.PARTS.items() if only in (None, name) for entry in part()]
-    found = provenance("benchmarks/beyond.py", ["torch", "numpy", "numba", "numba-cuda"])
-    path = folder / f"{found['device'].replace(' ', '-').lower()}-beyond.json"
-    seconds = round(time.perf_counter() - start, 1)
-    path.write_text(json.dumps(found | {"seconds": seconds, "records": records}, indent=1) + "\n")
-    print(f"wrote {path} in {seconds} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="of the CPU a file, of a GPU a folder")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parts = [*PARTS, *beyond_gpu.PARTS]
-    parser.add_argument("--only", choices=parts, help="on the CPU the others stay as they are in the file")
+    parts = list(dict.fromkeys(itertools.chain(*PARTS.values())))
+    parser.add_argument("--only", choices=parts, help="the others stay as they are in the record")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the tables of the file")
     arguments = parser.parse_args()
-    if arguments.only and (arguments.only in beyond_gpu.PARTS) != (arguments.device == "cuda"):
-        parser.error(f"--only {arguments.only} is not measured with --device {arguments.device}")
     torch.set_grad_enabled(False)
-    if arguments.device == "cuda":
-        measure_on_gpu(arguments.results or Path(__file__).parent / "results", arguments.only)
-        return
     path = arguments.results or RECORD
     if arguments.table:
         record = json.loads(path.read_text())
         print(*(line for name in league.JUDGED for line in [name, *table(record, name)]), sep="\n")
         return
-    torch.set_num_threads(1)
-    for name, part in PARTS.items():
+    if arguments.device == "cuda" and (reason := cuda.available()):
+        sys.exit(f"nothing measured: {reason}")
+    packages = ["torch", "numpy", "numba", *{"cpu": ["transformers"], "cuda": ["numba-cuda"]}[arguments.device]]
+    if arguments.device == "cuda":
+        path = (arguments.results or Path(__file__).parent / "results") / f"{device_name()}-beyond.json"
+    torch.set_num_threads(1 if arguments.device == "cpu" else torch.get_num_threads())
+    for name, part in PARTS[arguments.device].items():
         if arguments.only in (None, name):
             found = part()
-            record = json.loads(path.read_text()) if path.exists() else {}
-            record |= provenance("benchmarks/beyond.py", ["torch", "numpy", "numba", "transformers"])
-            record["command"] = "python benchmarks/beyond.py"  # all parts, which --only may have measured one by one
-            path.write_text(json.dumps(record | {name: found}) + "\n")
+            keep(path, name, found, provenance("benchmarks/beyond.py", packages))
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name().replace(" ", "-").lower()
 
 
 if __name__ == "__main__":

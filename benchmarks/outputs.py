@@ -100,7 +100,10 @@ def encoder():
 
 
 def language_model():
-    """Its layers, and a function: (divergence, loss gained) on each group of pages, with what the layers hold now."""
+    """Its layers, and a function: (divergence, loss gained) on each group of pages, with what the layers hold now.
+
+    The function takes another model with the same tokens, too, and then it is that one's.
+    """
     model, tokenizer = models.manuals_model()
     layers = {name: layer for name, layer in model.named_modules()
               if isinstance(layer, nn.Linear) and name != "lm_head"}  # fmt: skip
@@ -109,15 +112,15 @@ def language_model():
     groups = {f"pages {i}": torch.tensor(pages[i:n_manuals:25][:6]) for i in range(4)}
     groups["flask"] = torch.tensor([page for page in pages[n_manuals:] if len(page) == 256][:6])
 
-    def log_p(ids):
-        return model(ids, use_cache=False).logits[:, :-1].log_softmax(dim=-1)
+    def log_p(ids, of):
+        return of(ids, use_cache=False).logits[:, :-1].log_softmax(dim=-1)
 
-    original = {name: log_p(ids) for name, ids in groups.items()}
+    original = {name: log_p(ids, model) for name, ids in groups.items()}
 
-    def judge() -> dict[str, tuple[float, float]]:
+    def judge(of=model) -> dict[str, tuple[float, float]]:
         found = {}
         for name, ids in groups.items():
-            difference = original[name] - log_p(ids)
+            difference = original[name] - log_p(ids, of)
             kl = (original[name].exp() * difference).sum(dim=-1).mean().item()
             found[name] = kl, difference.gather(-1, ids[:, 1:, None]).mean().item()
         return found

@@ -1,6 +1,7 @@
 """Where a record comes from: the device, the versions, the commit, and the command that makes it again."""
 
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -23,6 +24,12 @@ def provenance(program: str, packages: list[str]) -> dict:
         "commit": os.environ.get("NF4LAB_COMMIT") or output("git", "rev-parse", "HEAD"),
         "command": command(program),
     }  # fmt: skip
+
+
+def keep(path: pathlib.Path, part: str, found: dict, origin: dict) -> None:
+    """Put a part into the record at path, with an origin of its own; the other parts stay, with theirs."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(record | {part: {"provenance": origin} | found}) + "\n")
 
 
 def processor() -> str:

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import beyond
 import outputs
+from provenance import keep, provenance
 
 import nf4lab
 from nf4lab import league, models
@@ -80,6 +81,16 @@ def ahead(one, other):
 def pairs():
     """Methods with NF4's levels and the same with BOF4-S's."""
     return [(name.removesuffix(", bof4-s"), name) for name in beyond.METHODS if name.endswith("bof4-s")]
+
+
+def test_every_part_of_a_record_keeps_the_commit_that_it_was_measured_at(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    for part, commit in (("one", "first"), ("two", "second")):
+        monkeypatch.setenv("NF4LAB_COMMIT", commit)
+        keep(path, part, {"found": part}, provenance("benchmarks/beyond.py", ["torch"]))
+    record = json.loads(path.read_text())
+    assert {part: (of["found"], of["provenance"]["commit"]) for part, of in record.items()} == {
+        "one": ("one", "first"), "two": ("two", "second")}  # fmt: skip
 
 
 def test_correcting_helps_the_encoder_on_manuals_only():
