@@ -161,7 +161,8 @@ def quantize(
     hessian: for a matrix x (out, in), the second moments of its inputs, float (in, in), from `nf4lab.calibrate`: what
     rounding a weight does to the output is then taken up by those after it in its row, as in GPTQ (arXiv:2210.17323).
     The format of what is stored is the same. block_size must divide the columns.
-    backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes.
+    backend: "torch" for the reference, "cpu" or "cuda" for kernels; by default the fastest. All give the same bytes,
+    but for double quantization on another device, where a mean may differ in its last bit: see nf4lab.DoubleQuant.
 
     NF4 and FP4 give bitsandbytes' bytes (0.50.2, on the CPU) in full blocks of float32, float16 and bfloat16 wherever
     absmax is at least 1e-38; below that bitsandbytes clamps, and this does not. A zero block has absmax 0 and decodes

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nf4lab
+from nf4lab.formats import double_quant
 from nf4lab.formats.double_quant import MAPS
 
 SCHEMES = [nf4lab.DoubleQuant(map, centred) for map in MAPS for centred in (True, False)]
@@ -82,6 +83,42 @@ def test_both_constants_of_a_shifted_format_are_quantized(format):
     assert q.bits_per_weight == pytest.approx(4 + 2 * (8 / 64 + 32 / (64 * 256) + 32 / 2**16))
     plain = nf4lab.quantize(x, format)
     assert nf4lab.mse(x, q.dequantize()) == pytest.approx(nf4lab.mse(x, plain.dequantize()), rel=0.02)
+
+
+def stored_by(scheme, constants):
+    """The tensors that quantized constants are stored in."""
+    stored = scheme.quantize(constants)
+    return stored.codes, stored.group_absmax, stored.offset, stored.dequantize()
+
+
+@pytest.mark.parametrize("n", [2**15 - 1, 2**15, 40_000, 2**17 + 3])
+def test_any_number_of_threads_gives_the_same_bits(n):
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found[threads] = [stored_by(nf4lab.DoubleQuant(), absmaxes(n, seed)) for seed in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for others in (found[2], found[3]):
+        assert all(torch.equal(a, b) for one, other in zip(found[1], others, strict=True)
+                   for a, b in zip(one, other, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 255, 1000, 2**15 - 1])
+def test_the_offset_is_torchs_mean_as_bitsandbytes_takes_it(n):
+    assert torch.equal(nf4lab.DoubleQuant().quantize(absmaxes(n)).offset, absmaxes(n).mean())
+
+
+@pytest.mark.parametrize("towards", [torch.inf, -torch.inf])
+def test_another_last_bit_of_the_mean_moves_few_codes_and_none_by_more_than_one(monkeypatch, towards):
+    constants = absmaxes(2**17)
+    codes, *_ = stored_by(nf4lab.DoubleQuant(), constants)
+    mean = constants.double().mean().float().nextafter(torch.tensor(towards))
+    monkeypatch.setattr(double_quant, "mean", lambda constants: mean)
+    others, *_ = stored_by(nf4lab.DoubleQuant(), constants)
+    apart = (codes.int() - others.int()).abs()
+    assert 0 < apart.count_nonzero() < 2**17 / 10_000 and apart.max() == 1
 
 
 def test_true_is_the_scheme_of_bitsandbytes_and_a_name_is_a_map():

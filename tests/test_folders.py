@@ -503,13 +503,24 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-def test_on_a_gpu_the_file_has_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_on_a_gpu_the_file_has_the_same_bytes_but_for_quantized_constants(tmp_path, double_quant):
     torch.manual_seed(0)
-    tensors = {"a.weight": torch.randn(256, 512), "b.weight": torch.randn(64, 64).bfloat16()}
+    tensors = {"a.weight": torch.randn(2048, 4096), "b.weight": torch.randn(64, 64).bfloat16(), "c": torch.randn(3)}
     safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    how = {"double_quant": double_quant}
     for device in ("cpu", "cuda"):
-        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / device, double_quant=True, device=device)
-    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+        nf4lab.quantize_checkpoint(tmp_path / "in.safetensors", tmp_path / device, **how, device=device)
+    if not double_quant:
+        assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+    here, there = (nf4lab.load_quantized(tmp_path / device) for device in ("cpu", "cuda"))
+    for name in ("a.weight", "b.weight"):
+        one, other = here[name], there[name]
+        assert torch.equal(one.packed, other.packed)
+        if double_quant:  # of the mean the last bits may differ, by its order of additions
+            torch.testing.assert_close(other.stored_scale.offset, one.stored_scale.offset, rtol=2**-21, atol=0)
+            apart = (one.stored_scale.codes.int() - other.stored_scale.codes.int()).abs()
+            assert apart.max() <= 1 and apart.count_nonzero() <= len(apart) / 1000
 
 
 def test_the_defaults_of_torch_change_no_byte_of_a_file(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4lab.formats.packing import WIDTHS, pack, packed_bytes, repack, unpack
+from nf4lab.backends.cpu import repack
+from nf4lab.formats.packing import WIDTHS, pack, packed_bytes, unpack
 
 codes_lists = st.lists(st.integers(0, 15), max_size=257)
 
@@ -66,10 +67,17 @@ def test_packed_codes_are_one_stream_of_bits_with_the_first_code_foremost(bits):
     assert "".join(f"{byte:08b}" for byte in pack(codes, pad=1, bits=bits).tolist()) == stream
 
 
-@pytest.mark.parametrize("wanted", [2, 3, 8])
-def test_repacking_is_unpacking_and_packing(wanted):
-    codes = torch.randint(0, 4, (2**20 + 77,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(repack(pack(codes), codes.numel(), 4, wanted, 3), pack(codes, 3, wanted))
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 4096, 4099, 2**19 + 77])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("wanted", WIDTHS)
+def test_repacking_is_unpacking_and_packing(bits, wanted, n):
+    codes = torch.randint(0, 4, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(repack(pack(codes, 2, bits), n, bits, wanted, 3), pack(codes, 3, wanted))
+
+
+def test_repacking_refuses_lengths_that_disagree():
+    with pytest.raises(ValueError, match="9 codes of 3 and of 4 bits; got 3 and 5 bytes"):
+        repack(torch.zeros(3, dtype=torch.uint8), 9, 3, 4)
 
 
 def test_a_width_that_no_code_has_is_refused():

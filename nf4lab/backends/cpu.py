@@ -11,7 +11,7 @@ from torch import Tensor
 from nf4lab.formats.double_quant import QuantizedConstants, decoded
 from nf4lab.formats.format import Format, joined
 from nf4lab.formats.normalizations import in_blocks
-from nf4lab.formats.packing import repack
+from nf4lab.formats.packing import packed_bytes
 
 CHUNK = 2**13  # elements whose constants are made at once: torch shares out no operation on fewer than 2**15
 HUGE_PAGES_FROM = 2**22  # bytes: two huge pages
@@ -82,6 +82,20 @@ def prepare(packed: Tensor, scale, location, format: Format, block_size: int, dt
         cpu.dequantize(packed, pairs, scale, location, block_size, kind, _array(out), _threads())
 
     return fill
+
+
+def repack(packed: Tensor, n: int, bits: int, wanted: int, pad: int = 0) -> Tensor:
+    """The n codes of packed bytes in another width: uint8 (ceil(n * wanted / 8),), the last completed with `pad`."""
+    from nf4lab.kernels import cpu
+
+    out = empty(packed_bytes(n, wanted), torch.uint8, packed.device)
+    cpu.repack(_array(packed), n, bits, wanted, pad, out.numpy(), _threads())
+    return out
+
+
+def pack(codes: Tensor, pad: int, bits: int) -> Tensor:
+    """What `nf4lab.formats.packing.pack_checked` returns, by a kernel."""
+    return repack(codes, codes.numel(), 8, bits, pad)
 
 
 def _borrowed(tensor: Tensor) -> np.ndarray:

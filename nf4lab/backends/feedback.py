@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.backends import cpu, cuda
+from nf4lab.formats.double_quant import UNSHARED
 from nf4lab.formats.format import Format
 from nf4lab.formats.packing import pack_checked
 
@@ -91,21 +92,25 @@ def quantize(
     if columns % block_size:
         raise ValueError(f"with a hessian, block_size must divide the {columns} columns; got {block_size}")
     factor, tensor_scale = feedback_factor(hessian), format.scale_of_tensor(flat)
-    codes, kept = torch.empty(rows, columns, dtype=torch.uint8, device=flat.device), []
+    codes, kept = [], []
     encode = {None: _encode, "cpu": _encode_on_the_cpu, "cuda": _encode_on_a_gpu}[kernel]
     search = functools.partial(cpu.search, format=format, block_size=block_size) if kernel == "cpu" else None
+    at_once = max(1, UNSHARED // block_size) if kernel == "cpu" else max(1, rows)
     for start in range(0, columns, block_size):
         here, rest = slice(start, start + block_size), slice(start + block_size, columns)
-        block = left[:, here].contiguous()
-        constants = Constants.of(block, format, tensor_scale, search)
-        codes[:, here], error = encode(block, factor[here, here].contiguous(), format, constants)
+        block = left[:, here]
+        pieces = block.split(at_once)
+        constants = Constants.joined([Constants.of(piece, format, tensor_scale, search) for piece in pieces])
+        code, error = encode(block, factor[here, here].contiguous(), format, constants)
         left[:, rest] -= error @ factor[here, rest]
+        codes.append(code)
         kept.append(constants.stored)
     scale, location = (
         None if parts[0] is None else torch.stack(parts, dim=1).reshape(-1) for parts in zip(*kept, strict=True)
     )
     format.check_scale(scale)
-    return pack_checked(codes.reshape(-1), format.zero_code, format.code_bits), scale, location, tensor_scale
+    pack = cpu.pack if kernel == "cpu" else pack_checked
+    return pack(torch.cat(codes, dim=1).reshape(-1), format.zero_code, format.code_bits), scale, location, tensor_scale
 
 
 class Constants(NamedTuple):
@@ -131,6 +136,12 @@ class Constants(NamedTuple):
         reading = stored if tensor_scale is None else stored * tensor_scale
         return cls((stored, stored_location), (scale, location), (reading, stored_location))
 
+    @classmethod
+    def joined(cls, parts: list["Constants"]) -> "Constants":
+        """Those of rows one below the other."""
+        pairs = (zip(*pairs, strict=True) for pairs in zip(*parts, strict=True))
+        return cls(*(tuple(None if c[0] is None else torch.cat(c) for c in columns) for columns in pairs))
+
 
 def _encode(block: Tensor, factor: Tensor, format: Format, constants: Constants) -> tuple[Tensor, Tensor]:
     """Codes of block (rows, block_size), and the errors over U_jj, of the same shape."""
@@ -148,7 +159,7 @@ def _encode_on_the_cpu(block: Tensor, factor: Tensor, format: Format, constants:
     """`_encode` by numba."""
     from nf4lab.kernels import feedback
 
-    codes = torch.empty_like(block, dtype=torch.uint8)
+    codes = torch.empty(block.shape, dtype=torch.uint8)
     pairs = [pair.numpy() for pair in _with_zeros(constants)]
     arrays = block.numpy(), factor.numpy(), _table(format), *pairs, codes.numpy()
     return codes, torch.from_numpy(feedback.encode_block(*arrays, torch.get_num_threads()))
@@ -158,7 +169,7 @@ def _encode_on_a_gpu(block: Tensor, factor: Tensor, format: Format, constants: C
     """`_encode` by numba.cuda."""
     from nf4lab.kernels.cuda import feedback_kernels
 
-    pairs = _with_zeros(constants)
+    block, pairs = block.contiguous(), _with_zeros(constants)
     return feedback_kernels.encode_block(block, factor, format.tables(block.device), *pairs, format.signed_zero)
 
 

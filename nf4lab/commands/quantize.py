@@ -37,7 +37,8 @@ def add_to(subparsers) -> None:
     option("--calibrate", type=Path, metavar="TEXT", help="a text file: choose codes for the outputs that a language "
            "model's layers have on it (GPTQ)")  # fmt: skip
     option("--max-shard-size", metavar="SIZE", help="write a folder of shards of at most so many bytes: 5GB, 500MiB")
-    option("--device", default="cpu", help="where to quantize: cpu, cuda, cuda:1; by default cpu")
+    option("--device", default="cpu", help="where to quantize: cpu, cuda, cuda:1; by default cpu. The bytes "
+           "are the same, but for --double-quant, where the last bit of a mean may differ")  # fmt: skip
     option("--scheduler", metavar="ADDRESS", help="have the workers of a Dask cluster, which see the same files, write "
            "the shards: tcp://host:8786")  # fmt: skip
     option("--clean", action="store_true", help="first remove what killed runs left on their way to OUT")

@@ -4,6 +4,7 @@ One float32 per block of 64 costs half a bit per weight. Here the constants lose
 and each group is coded by the same machinery as weights: absmax, then the nearest level of a map.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from nf4lab.formats.format import Format
 from nf4lab.formats.normalizations import normalized
 from nf4lab.formats.packing import pack_checked, unpack
 
+# What torch works on in one thread: it shares out no operation on fewer elements than 2**15.
+UNSHARED = 2**15 - 1
 MAPS = {
     row.name: row
     for row in [
@@ -31,6 +34,9 @@ class DoubleQuant:
     The default is bitsandbytes': the signed 8-bit dynamic map, centred, one float32 for each group of 256. QLoRA
     (arXiv:2305.14314, section 3) describes it so too, but says "8-bit floats" and names no map.
 
+    One machine gives the same bytes with any number of threads. On a GPU, or a CPU with other vector instructions, the
+    mean is added up in another order, and its last bit may differ; then a few codes are the next ones (see `mean`).
+
     Raises ValueError for an unknown map or a group size below 1.
     """
 
@@ -46,12 +52,47 @@ class DoubleQuant:
 
     def quantize(self, constants: Tensor) -> "QuantizedConstants":
         """Constants, float32 (n,), to codes and one float32 per group, with a float32 offset if centred."""
-        n = constants.numel()
-        offset = constants.mean() if self.centred and n else None
-        centred = constants if offset is None else constants - offset
-        codes, group_absmax, _ = MAPS[self.map].encode(normalized(centred, self.group_size, MAPS[self.map].normalize))
-        stored = pack_checked(codes, 0, MAPS[self.map].code_bits)
-        return QuantizedConstants(stored, group_absmax, offset, n, self)
+        n, map = constants.numel(), MAPS[self.map]
+        offset = mean(constants) if self.centred and n else None
+        pieces = constants.split(self.piece(n, constants.device))
+        centred = (piece if offset is None else piece - offset for piece in pieces)
+        made = [map.encode(normalized(piece, self.group_size, map.normalize))[:2] for piece in centred]
+        codes, group_absmax = (put_together(parts) for parts in zip(*made, strict=True))
+        return QuantizedConstants(pack_checked(codes, 0, map.code_bits), group_absmax, offset, n, self)
+
+    def piece(self, n: int, device: torch.device) -> int:
+        """How many of n constants to work on at once: on a CPU whole groups that torch does not share out to threads.
+
+        It would wait for them after each of a dozen short operations, on busy cores for a time slice of another's.
+        """
+        groups = max(1, UNSHARED // self.group_size)
+        return groups * self.group_size if in_pieces(device) else max(1, n)
+
+
+def put_together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (n_i,) as one, copied one by one: torch would share a concatenation out to threads."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(map(len, parts)))
+    for place, part in zip(whole.split([*map(len, parts)]), parts, strict=True):
+        place.copy_(part)
+    return whole
+
+
+def in_pieces(device: torch.device) -> bool:
+    """Whether constants there are worked on piece by piece: on a CPU, where torch.compile is not to see a long loop."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mean(constants: Tensor) -> Tensor:
+    """The mean of float32 (n,) constants: on a CPU the same bits with any number of threads.
+
+    Pieces that torch adds up in one thread, then their sums. Up to 2**15 - 1 constants this is torch's mean, which
+    with more depends on the number of threads. On a GPU it is torch's there.
+    """
+    if not in_pieces(constants.device):
+        return constants.mean()
+    return torch.stack([piece.sum() for piece in constants.split(UNSHARED)]).sum() / constants.numel()
 
 
 def as_double_quant(double_quant: "bool | str | DoubleQuant") -> DoubleQuant | None:
@@ -85,9 +126,13 @@ class QuantizedConstants:
     def dequantize(self) -> Tensor:
         """The constants, float32 (n,): map[code] * group_absmax, then + offset, each rounded to float32."""
         scheme, map = self.double_quant, MAPS[self.double_quant.map]
-        codes = unpack(self.codes, self.n, map.code_bits)
-        constants = map.decode_flat(codes, scheme.group_size, self.group_absmax, None)
-        return constants if self.offset is None else constants + self.offset
+        piece = scheme.piece(self.n, self.codes.device)
+        codes = unpack(self.codes, self.n, map.code_bits).split(piece)
+        of_groups = self.group_absmax.split(-(-piece // scheme.group_size))
+        pairs = zip(codes, of_groups, strict=True)
+        parts = [map.decode_flat(codes, scheme.group_size, absmax, None) for codes, absmax in pairs]
+        parts = parts if self.offset is None else [part + self.offset for part in parts]
+        return put_together(parts)
 
     def at(self, positions: Tensor) -> Tensor:
         """The constants at these positions alone: int64 (m,) to float32 (m,), to the bit as `dequantize` has them."""

@@ -74,16 +74,6 @@ def unpack(packed: Tensor, n: int, bits: int = 4) -> Tensor:
     return codes.reshape(-1)[:n].to(torch.uint8)
 
 
-def repack(packed: Tensor, n: int, bits: int, wanted: int, pad: int = 0) -> Tensor:
-    """The n codes of packed bytes in another width, piece by piece: uint8 (ceil(n * wanted / 8),)."""
-    out = packed.new_empty(packed_bytes(n, wanted))
-    for start in range(0, n, 2**20):
-        stop = min(start + 2**20, n)
-        codes = unpack(packed[start * bits // 8 : packed_bytes(stop, bits)], stop - start, bits)
-        out[start * wanted // 8 : packed_bytes(stop, wanted)] = pack_checked(codes, pad, wanted)
-    return out
-
-
 def _group(bits: int) -> tuple[int, int]:
     """The fewest codes that fill whole bytes, and how many bytes."""
     shared = math.gcd(8, bits)

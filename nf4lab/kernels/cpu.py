@@ -7,6 +7,7 @@ quantize       v3 in threads: the one in use
 dequantize_v1  one byte at a time: look up two levels, scale each
 dequantize_v2  a chunk at a time; one read from a table of all 256 bytes gives both levels
 dequantize     v2 in threads: the one in use
+repack         codes of one width in another: those of 2 and 3 bits come as 4, and go
 
 v1 takes float32 and absmax only, so that it stays a page to read; the others take everything. 16-bit floats come and
 go as uint16 bit patterns, since numba has no float16 on the CPU; `kind` says which of the two they are.
@@ -478,6 +479,42 @@ def level_pairs(levels):
     by_code[: len(levels)] = levels
     byte = np.arange(256)
     return by_code[np.stack([byte >> 4, byte & 15], axis=1)].view(np.uint64).reshape(-1)
+
+
+# ---- codes of other widths
+
+
+@jit
+def repack_chunks(first, last, packed, bits, wanted, n, out):
+    """Chunks first..last-1 of `repack`, without the last codes that are fewer than eight. Always True."""
+    mask = np.uint64((1 << bits) - 1)
+    for group in range(first * CHUNK // 8, min(last * CHUNK, n) // 8):
+        word = made = np.uint64(0)
+        for i in range(bits):
+            word = word << np.uint64(8) | np.uint64(packed[group * bits + i])
+        for i in range(7, -1, -1):
+            made = made << np.uint64(wanted) | (word >> np.uint64(bits * i) & mask)
+        for i in range(wanted):
+            out[group * wanted + i] = np.uint8(made >> np.uint64(8 * (wanted - 1 - i)))
+    return True
+
+
+def repack(packed, n, bits, wanted, pad, out, threads=1):
+    """The first n codes of packed bytes in another width into out, its last byte completed with codes `pad`.
+
+    packed: uint8 (ceil(n * bits / 8),). out: uint8 (ceil(n * wanted / 8),). Eight codes fill whole bytes in every
+    width from 1 to 8 bits, and are taken together.
+    Raises ValueError where the lengths disagree or out is read-only.
+    """
+    check_writeable(out)
+    if (packed.size, out.size) != (-(-n * bits // 8), -(-n * wanted // 8)):
+        raise ValueError(f"{n} codes of {bits} and of {wanted} bits; got {packed.size} and {out.size} bytes")
+    in_threads(repack_chunks, -(-n // CHUNK), threads, read_only(packed), bits, wanted, n, out)
+    whole, rest = divmod(n, 8)
+    word = int.from_bytes(packed[whole * bits :].tobytes().ljust(bits, b"\0"), "big")
+    codes = [word >> bits * (7 - i) & 2**bits - 1 if i < rest else pad for i in range(8)]
+    made = sum(code << wanted * (7 - i) for i, code in enumerate(codes)).to_bytes(wanted, "big")
+    out[whole * wanted :] = np.frombuffer(made, np.uint8)[: out.size - whole * wanted]
 
 
 # ---- 16-bit floats
