@@ -10,7 +10,7 @@ mirrored   minus the weights, quantized, and minus that again: every code is use
 shifted    the weights moved on by half a block: every block has other neighbours
 
 encoder         all-MiniLM-L6-v2, its 36 linear layers; 1 - cosine of each sentence's vector to the original's, averaged
-                over five sets of 20 sentences that share no word but the commonest
+                over five sets of 20 sentences, four of which share no fragment
 language model  nf4lab.models.manuals_model, its 56 linear layers; Kullback-Leibler divergence from the original and the
                 loss gained, in nats per token, averaged over groups of pages that it has not learned from
 """
