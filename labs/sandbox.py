@@ -6,6 +6,7 @@ What runs inside is in `labs/inside`. It gets a notebook and calls of its functi
 
 import atexit
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ class Server:
 
     def __init__(self, lab: str, texts: dict[str, str]):
         self.lock, self.process = threading.Lock(), None
-        self.folder = _folder(f"nf4lab-{uuid.uuid4().hex[:12]}")
+        self.folder = Folder(f"nf4lab-{uuid.uuid4().hex[:12]}")
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             _to_end(self.close)
@@ -99,17 +101,15 @@ class Server:
         """Start the process, and wait until it has everything loaded."""
         import nf4lab
 
-        self.folder.mkdir(0o700)
-        for name, text in texts.items():
-            (self.folder / name).write_text(text)
+        folder = self.folder.make(texts)
         package = Path(nf4lab.__file__).resolve().parent
-        bubble, at = shutil.which("bwrap"), self.folder
+        bubble, at = shutil.which("bwrap"), folder
         if bubble:
             at = Path("/programs")
-            (self.folder / "nf4lab").mkdir()  # where the package is mounted
-            (self.folder / "empty.py").touch()  # what is mounted over the modules of checks
+            (folder / "nf4lab").mkdir()  # where the package is mounted
+            (folder / "empty.py").touch()  # what is mounted over the modules of checks
         else:
-            (self.folder / "nf4lab").symlink_to(package)
+            (folder / "nf4lab").symlink_to(package)
         python = dict.fromkeys(
             (sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix, os.path.realpath(sys.base_prefix))
         )
@@ -119,7 +119,7 @@ class Server:
         command = [sys.executable, "-B", "-s", str(at / "supervise.py"), "serve", task]
         self.layers = ["bubblewrap"] if bubble else []
         if bubble:
-            command = [bubble, *in_bubble(self.folder, package, [*python, *weights()]), *command]
+            command = [bubble, *in_bubble(folder, package, [*python, *weights()]), *command]
         start = lambda: subprocess.Popen(  # noqa: E731
             command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env=self.environment, cwd="/", start_new_session=True,
@@ -165,7 +165,7 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(5)
         self.line.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.remove()
 
 
 SERVERS: dict[tuple[str, ...], Server] = {}  # by lab and programs
@@ -183,9 +183,48 @@ def _to_end(close) -> None:
         raise InterruptedError("grading was stopped")
 
 
-def _folder(name: str) -> Path:
-    """Where programs are laid for what runs them: named before it is made, so that no signal comes between the two."""
-    return Path(tempfile.gettempdir()).resolve() / name
+class Folder:
+    """Where programs are laid for what runs them: named before it is made, so that no signal comes between the two.
+
+    It is locked as long as this process lives. One that is not was left by a grader that was killed, such as a
+    cluster's worker, and whoever makes the next removes it.
+    """
+
+    def __init__(self, name: str):
+        self.path, self.number = Path(tempfile.gettempdir()).resolve() / name, None
+
+    def make(self, texts: dict[str, str], mode: int = 0o700) -> Path:
+        """Make it, with these files in it; the path."""
+        for left in self.path.parent.glob(f"nf4lab-{'[0-9a-f]' * 12}"):
+            with contextlib.suppress(OSError):
+                _remove_if_left(left)
+        self.path.mkdir(0o700)
+        self.number = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self.number, fcntl.LOCK_EX)
+        for name, text in texts.items():
+            (self.path / name).write_text(text)
+        self.path.chmod(mode)
+        return self.path
+
+    def remove(self) -> None:
+        """Remove it, and end the lock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        number, self.number = self.number, None
+        if number is not None:
+            os.close(number)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder of this user that nobody holds. Raises OSError where somebody does."""
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or time.time() - found.st_mtime < 60:  # else it may not have its lock yet
+        return
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    finally:
+        os.close(number)
 
 
 @atexit.register
@@ -277,7 +316,7 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
     The image brings nf4lab.
     """
     found, name = engine(), f"nf4lab-{uuid.uuid4().hex[:12]}"
-    folder, process = _folder(name), None
+    folder, process = Folder(name), None
 
     def stop() -> None:
         """End the container by its name: its client's end is not its own."""
@@ -289,13 +328,10 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
                 subprocess.run([found, "rm", "--force", "--time=0", name], capture_output=True, timeout=60, check=False)
                 process.kill()
                 process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
     _to_end(stop)
-    folder.mkdir()
-    for file, text in texts.items():
-        (folder / file).write_text(text)
-    folder.chmod(0o755)
+    programs_at = folder.make(texts, 0o755)
     own = environment(Path("/tmp/work")) | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
     task = task | {"folder": "/tmp/work", "readable": ["/programs", "/usr/local"], "environment": own}
     command = [
@@ -303,7 +339,7 @@ def start_in_container(image: str, task: dict, limits: Limits, texts: dict[str, 
         "--tmpfs=/tmp:size=512m,mode=1777",
         "--cap-drop=ALL", "--security-opt=no-new-privileges", "--security-opt=label=disable",
         f"--memory={int(1.5 * limits.memory_bytes)}", f"--pids-limit={16 * limits.processes}",
-        f"--volume={folder}:/programs:ro",
+        f"--volume={programs_at}:/programs:ro",
         *(f"--env={key}={value}" for key, value in task["environment"].items()),
         image, "python", "-B", "-s", "/programs/supervise.py", "alone", json.dumps(task),
     ]  # fmt: skip

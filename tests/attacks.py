@@ -236,6 +236,42 @@ class Yes:
 asked = []
 def kind(): asked.append(1); return np.ma.masked_all(16) if len(asked) % 2 else np.array([Yes()] * 16, dtype=object)
 """ + NO_ANSWERS.format("kind()"),
+    "answers with a generator, a lock, a file and itself": """
+import threading
+asked = []
+def odd():
+    asked.append(1)
+    own = []
+    own.append(own)
+    return ((x for x in (1, 2)), threading.Lock(), open("x", "w"), own, odd)[len(asked) % 5]
+""" + NO_ANSWERS.format("odd()"),
+    "answers with a number whose class says that it is all of them": """
+class All(float):
+    def __eq__(self, other): return True
+    def __hash__(self): return 0
+    def __float__(self): return self
+    def __sub__(self, other): return 0.0
+""" + NO_ANSWERS.format("All(1.0)"),
+    "changes the answer while it is sent": """
+import threading, torch
+shared = torch.zeros(16)
+def flicker():
+    while True:
+        shared.copy_(torch.rand(16))
+threading.Thread(target=flicker, daemon=True).start()
+""" + NO_ANSWERS.format("shared"),
+    "claims tensors that are not there": """
+import json, os, socket
+head = json.dumps({"t0": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+text = json.dumps({"value": {"is": "tensor", "name": "t0"}}).encode()
+body = len(text).to_bytes(4, "big") + text + len(head).to_bytes(8, "little") + head
+def claim():
+    for number in range(3, 40):
+        try:
+            socket.socket(fileno=os.dup(number)).send(len(body).to_bytes(4, "big") + b"V" + body)
+        except OSError:
+            pass
+""" + NO_ANSWERS.format("claim()"),
     "answers with a number that a float cannot hold": NO_ANSWERS.format("10**400 if __name__ else 0"),
     "answers with fifty million numbers": NO_ANSWERS.format("[1] * 50_000_000"),
     "answers with a dictionary of the grader's words": NO_ANSWERS.format(
@@ -406,6 +442,12 @@ for line in lines:
     except OSError:
         pass
 """,
+    "runs the package's source as its own": """
+from nf4lab.codebooks import closed
+own = {"__name__": "nf4lab.codebooks.mine", "__package__": "nf4lab.codebooks"}
+exec(compile(open(closed.__file__).read(), "<mine>", "exec"), own)
+def equal_shares(n): return own["quantile_midpoints"](n)
+""",
     "a table of the package's answers, made before": """
 from nf4lab import codebooks
 table = {n: codebooks.quantile_midpoints(n) for n in range(1, 100)}
@@ -476,6 +518,26 @@ import sys
 sys.setrecursionlimit(10**9)
 f = lambda: f()
 f()
+""", 18, "^graded$"),
+    "kills whatever it can see": ("import ctypes; ctypes.CDLL(None).kill(-1, 9)", 18, "^graded$"),
+    "stops and kills its parent": ("""
+import ctypes, os
+for number in (19, 9):
+    ctypes.CDLL(None).kill(os.getppid(), number)
+""", 18, "^graded$"),
+    "closes all of its files": ("import os; os.closerange(0, 512)", 18, "^graded$"),
+    "leaves a child's child that takes what later questions are sent": ("""
+import ctypes, os, socket
+libc = ctypes.CDLL(None)
+if not libc.fork():
+    if libc.fork():
+        os._exit(0)
+    while True:
+        for number in range(3, 40):
+            try:
+                socket.socket(fileno=os.dup(number)).recv(2**16, socket.MSG_DONTWAIT)
+            except OSError:
+                pass
 """, 18, "^graded$"),
     "crashes when it is asked": ("import ctypes; ctypes.string_at(0)", 18, "^graded$"),
 }  # fmt: skip
@@ -564,6 +626,35 @@ except OSError:
 assert held == 0, held
 assert libc.shmget(0, ctypes.c_size_t(2**30), 0o1600) < 0, "shared memory"
 """
+HOLDS_SHARED_MEMORY = """
+import mmap
+held = []
+while True:
+    held.append(mmap.mmap(-1, 2**24))
+    held[-1].write(bytes(2**24))
+"""
+CARRIES_DATA_OUT = """
+def nearest(w, levels):
+    import os, socket, sys
+    from nf4lab.labs import calls, plain
+    def answer(*arguments):
+        raise calls.Mistake("no", (f"DATA {w.tolist()}",))
+    calls.answer = answer  # what is asked next in this question is told as a cause
+    body = plain.dumps({"refused": "x", "cell": 99, "error": "DATA", "unreadable": "DATA"})
+    for number in range(3, 40):
+        try:
+            socket.socket(fileno=os.dup(number)).send(len(body).to_bytes(4, "big") + b"V" + body)
+        except OSError:
+            pass
+    return None
+"""
+ODD_NAMES = """
+for name in ("x\\n=HYPERLINK(1)", "\\u202egnp.exe", "\\x1b]0;owned\\x07", "</p><script>alert(1)", ";=1+1", "\\t=1"):
+    try:
+        open("/" + name)
+    except OSError:
+        pass
+"""
 LOOKS_FOR_OTHERS_LINES = """
 import os
 lines = []
@@ -584,6 +675,8 @@ for flags in (0x10000000, 0x10020000, 0x20000, 0x40000000, 0x08000000):  # new n
 assert libc.syscall(435, (ctypes.c_uint64 * 11)(0x10000000), 88) < 0, "clone3"
 assert libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) != 0 and libc.chroot(b"/tmp") != 0
 assert libc.ptrace(16, 1, 0, 0) != 0, "ptrace"
+for family in (16, 17, 38, 40, 44):  # the kernel's own talk, raw packets, its ciphers, the hypervisor, XDP
+    assert all(libc.socket(family, kind, 0) < 0 for kind in (1, 2, 3, 5)), family
 assert libc.syscall(248, b"user", b"left", b"x", 1, -3) < 0, "keys"
 """
 LEAVES_BEHIND = """
@@ -668,6 +761,8 @@ KINDS = {
         "answers with what is not a number", "answers with nothing in it", "answers with tensors that hold no numbers",
         "answers with arrays of objects and of what is masked", "answers with a number that a float cannot hold",
         "answers with fifty million numbers", "answers with a dictionary of the grader's words",
+        "answers with a generator, a lock, a file and itself", "changes the answer while it is sent",
+        "answers with a number whose class says that it is all of them", "claims tensors that are not there",
     ),
     "speaks in the grader's name": (
         "writes a transcript", "states what the supervisor would", "forges", "asks the grader for them",
@@ -681,19 +776,20 @@ KINDS = {
         "asks another Python through C", "asks a child that C has forked before the package was closed",
         "forwards to a later question that is lent", "keeps the package open",
         "brings the package's functions under another name", "copies the package's functions before they are closed",
-        "answers in the runner's place, with the package open", "a table of the package's answers, made before",
+        "answers in the runner's place, with the package open", "runs the package's source as its own",
+        "a table of the package's answers, made before",
     ),
     "looks for checks, seed or expected values": (
         "LOOKS_AROUND", "LOOKS_IN_MEMORY", "reads tests", "takes the expected from the callers' frames",
-        "takes the expected from the garbage collector",
+        "takes the expected from the garbage collector", "CARRIES_DATA_OUT",
     ),
     "looks at the host, or writes there": ("looks_for_host", "writes outside", "network", "LEAVES_ITS_WALLS"),
     "leaves something for another submission": ("LEAVES_BEHIND", "FINDS_WHAT_WAS_LEFT"),
     "takes more than its share": (
-        "FILLS", "HOLDS_MEMORY_THAT_NOBODY_COUNTS", "memory", "fork bomb",
+        "FILLS", "HOLDS_MEMORY_THAT_NOBODY_COUNTS", "HOLDS_SHARED_MEMORY", "memory", "fork bomb",
         "prints", "asks a lent function for all of the grader's memory and time", *PATIENCE,
     ),
     "changes what measures a kernel": ("tampered_tracer",),
-    "writes what breaks a table or a page": ("=formula()", "html", "bad error", "deep"),
+    "writes what breaks a table or a page": ("=formula()", "html", "bad error", "deep", "ODD_NAMES"),
     "ends its process": ("leaves",),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
     python tests/grade_a_hundred.py             every row must be as expected; prints wall time and peak memory
     python tests/grade_a_hundred.py --cluster   the same on a local cluster of two workers; both tables must be equal
+    python tests/grade_a_hundred.py --correct lab4   a hundred right ones: they must fit four minutes of two cores
 
 Too long for every test run; tests/test_grading.py does the same with fewer.
 """
@@ -26,6 +27,7 @@ import make_labs
 import sandbox
 import tables
 
+MOST_SECONDS = 2 * 240  # of processor time: four minutes of two cores
 LIMITS = sandbox.Limits(seconds=120, cell_seconds=5, question_seconds=20, memory_gb=2)
 
 
@@ -54,7 +56,11 @@ def wrong(rows: list[dict], batch: dict) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", action="store_true", help="grade on a local Dask cluster as well")
-    cluster = parser.parse_args().cluster
+    parser.add_argument("--correct", metavar="LAB", help="grade a hundred right submissions of this lab instead")
+    given = parser.parse_args()
+    if given.correct:
+        return correct(given.correct)
+    cluster = given.cluster
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         folder = Path(folder)
         make_labs.make("lab1", seed=2026, check=True, grader=folder / "lab1.zip")
@@ -76,6 +82,26 @@ def main() -> int:
         if (folder / "outside").exists():
             failures.append("a submission wrote outside its folder")
     print("\n".join(failures) or "every row is as expected")
+    return 1 if failures else 0
+
+
+def correct(lab: str) -> int:
+    """A hundred right submissions: what they take, and whether all have full marks."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_labs.make(lab, seed=2026, check=True, grader=Path(folder) / "grader.zip")
+        job = judge.job_of(lab, sandbox.Limits(), grader=Path(folder) / "grader.zip")
+        files = {f"right {i:02d}": as_bytes(solved(lab)) for i in range(100)}
+        start, before = time.monotonic(), time.process_time()
+        rows = list(tqdm(grade.grade_here(files, job, 2), total=len(files), unit="notebook", desc=lab))
+    grader, inside = time.process_time() - before, sum(row["cpu_s"] for row in rows)
+    print(
+        f"{lab}: {len(rows)} right submissions in {time.monotonic() - start:.0f} s; processor time {inside:.0f} s for"
+    )
+    print(f"  theirs and {grader:.0f} s for the grader's comparing: {(inside + grader) / 2:.0f} s of two cores")
+    failures = [f"{row['student']}: {row['score']} {row['outcome']}" for row in rows if row["score"] != row["possible"]]
+    if inside + grader > MOST_SECONDS:
+        failures.append(f"more than {MOST_SECONDS} s of processor time")
+    print("\n".join(failures) or "all have full marks, in time")
     return 1 if failures else 0
 
 

@@ -403,6 +403,27 @@ def test_memory_of_no_process_keys_and_new_namespaces_are_refused(job):
         assert row["errors"] == [], row["errors"]
 
 
+def test_memory_that_processes_share_counts_too(job):
+    small = replace(job, limits=replace(LIMITS, cell_seconds=30, memory_gb=0.5))
+    row = judge.grade_one("shares", as_bytes(preceded("lab1", attacks.HOLDS_SHARED_MEMORY)), small)
+    assert row["outcome"] == "memory limit (0.5 GB)" and row["peak_mb"] > 640, row
+
+
+def test_a_students_page_holds_no_data_that_only_the_submission_has_seen(job, tmp_path):
+    row = judge.grade_one("carries", as_bytes(lab_submissions.with_answer("lab1", attacks.CARRIES_DATA_OUT)), job)
+    assert row["questions"]["q2"] == 0 and row["score"] < 20
+    tables.write_page(row, tmp_path, "lab1")
+    assert "DATA" not in (tmp_path / "carries.html").read_text()
+
+
+def test_names_in_the_notes_are_no_formula_and_no_terminals_command(job, tmp_path):
+    row = judge.grade_one("odd", as_bytes(preceded("lab1", attacks.ODD_NAMES)), job)
+    assert row["score"] == 20 and len(row["notes"]) == 6
+    tables.write_table([row], tmp_path / "grades.csv")
+    text = (tmp_path / "grades.csv").read_bytes().decode()
+    assert not re.search("[\x1b\x07\u202e]", text) and not re.search(r"[\n\t;,][\s]*=", text)
+
+
 # The grader's own failures, which are no mark of a student's
 
 
@@ -493,6 +514,34 @@ def test_a_server_that_does_not_start_is_the_graders_failure_and_leaves_nothing(
     row = judge.grade_one("ada", as_bytes(solved("lab1")), job)
     assert not row["graded"] and row["outcome"].endswith("has not started in 0.2 s")
     assert not list(tmp_path.iterdir()) and not sandbox.SERVERS
+
+
+def test_what_a_killed_grader_left_is_removed_by_the_next_and_nothing_that_lives(tmp_path, monkeypatch):
+    """As where a cluster's worker is killed: its server ends with it, and its folder stays."""
+    program = "import sandbox, sys, time; print(sandbox.Folder(sys.argv[1]).make({}), flush=True); time.sleep(600)"
+    own = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT / "labs")}
+    names = [f"nf4lab-{digit * 12}" for digit in "abcd"]
+    graders = [
+        subprocess.Popen([sys.executable, "-c", program, name], env=own, stdout=subprocess.PIPE) for name in names[:3]
+    ]
+    for grader in graders:
+        grader.stdout.readline()
+    for grader in graders[:2]:
+        grader.kill()
+        grader.wait()
+    (tmp_path / "nf4lab-of-another-kind").mkdir()
+    for folder in tmp_path.iterdir():
+        if folder.name != names[1]:  # this one is so young that its grader may just be about to lock it
+            os.utime(folder, (0, 0))
+    monkeypatch.setattr(sandbox.tempfile, "gettempdir", lambda: str(tmp_path))
+    mine = sandbox.Folder(names[3])
+    mine.make({"a.py": "1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names[1:], "nf4lab-of-another-kind"]
+    mine.remove()
+    assert not mine.path.exists()
+    graders[2].kill()
+    for grader in graders:
+        grader.communicate()
 
 
 def test_what_the_grader_fails_on_is_tried_once_more_and_by_the_next_run(job, tmp_path):

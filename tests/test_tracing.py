@@ -149,6 +149,25 @@ def test_a_barrier_that_some_threads_miss_is_named_and_no_thread_is_left_behind(
         assert not thread.is_alive()
 
 
+def test_a_launch_starts_as_many_threads_of_the_host_as_a_block_has(monkeypatch):
+    @cuda.jit
+    def mirrored(x, out):
+        table = cuda.shared.array(32, float32)
+        table[cuda.threadIdx.x] = x[cuda.grid(1)]
+        cuda.syncthreads()
+        out[cuda.grid(1)] = table[31 - cuda.threadIdx.x]
+
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self)))
+    x, out = np.arange(256, dtype=np.float32), floats(256)
+    trace(mirrored, 8, 32, x, out)
+    assert (out == x.reshape(8, 32)[:, ::-1].reshape(-1)).all()
+    assert len(started) == 32
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
 def test_a_barrier_inside_an_if_is_named_rather_than_the_race_behind_it():
     @cuda.jit
     def inside(x, out):

@@ -5,7 +5,7 @@ Four layers, each used where the system has it. `confine` says which of them hol
     limits      setrlimit: memory, processor time, size and number of files (Linux, macOS)
     namespaces  no network, processes, shared memory and IPC of its own, and own small /tmp and /dev/shm (Linux)
     landlock    the kernel refuses files outside the allowed folders, TCP connections and signals to others (Linux)
-    seccomp     the kernel refuses calls that no lab needs: memory of no process, keys, namespaces of its own (Linux)
+    seccomp     the kernel refuses calls that no lab needs: memory of no process, keys, other sockets (Linux)
 
 On top, `watch` installs a Python audit hook. It refuses the same in the interpreter, on every system, and tells what
 was tried; code that calls C can get around it, which is why it is not called a layer. Standard library only.
@@ -27,7 +27,11 @@ NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000  # of mo
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446
 EXECUTE, WRITE, READ, LIST, TRUNCATE, IOCTL = (1 << bit for bit in (0, 1, 2, 3, 14, 15))
-MACHINES = {"x86_64": (0xC000003E, 56), "aarch64": (0xC00000B7, 220)}  # for seccomp: its name, and clone's number
+MACHINES = {  # for seccomp: its name, and the numbers of clone and socket
+    "x86_64": (0xC000003E, 56, 41),
+    "aarch64": (0xC00000B7, 220, 198),
+}
+SOCKETS = 1, 2, 10  # families: those that the network's namespace shuts in; a hypervisor's (40) it does not
 CLONE3, NEW_SPACES = 435, NEWNS | NEWIPC | NEWUSER | NEWPID | NEWNET | 0x06000000  # hosts' names and cgroups too
 REFUSED = {  # numbers on those machines
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "add_key": (248, 217),
@@ -201,18 +205,20 @@ def _allow(libc: ctypes.CDLL, rules: int, path: str, rights: int) -> None:
 
 
 def refuse_calls() -> bool:
-    """Let the kernel refuse the calls in REFUSED, by whatever machine's numbers, and new namespaces."""
+    """Let the kernel refuse the calls in REFUSED, by whatever machine's numbers, new namespaces and other sockets."""
     if sys.platform != "linux" or os.uname().machine not in MACHINES or sys.maxsize < 2**32:
         return False
     place = list(MACHINES).index(os.uname().machine)
-    audit, clone = MACHINES[os.uname().machine]
+    audit, clone, socket = MACHINES[os.uname().machine]
     numbers = [both[place] for both in REFUSED.values()]
     load, equal, at_least, has_bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
     n = len(numbers)
     program = [  # (code, instructions to pass over if true, if false, constant)
-        (load, 0, 0, 4), (equal, 0, n + 7, audit), (load, 0, 0, 0), (at_least, n + 5, 0, 0x40000000),
-        *((equal, n + 4 - i, 0, number) for i, number in enumerate(numbers)),
-        (equal, 5, 0, CLONE3), (equal, 0, 2, clone), (load, 0, 0, 16), (has_bits, 1, 0, NEW_SPACES),
+        (load, 0, 0, 4), (equal, 0, n + 12, audit), (load, 0, 0, 0), (at_least, n + 10, 0, 0x40000000),
+        *((equal, n + 9 - i, 0, number) for i, number in enumerate(numbers)),
+        (equal, 10, 0, CLONE3), (equal, 3, 0, socket), (equal, 0, 6, clone),
+        (load, 0, 0, 16), (has_bits, 5, 4, NEW_SPACES),  # clone's flags
+        (load, 0, 0, 16), *((equal, 2 - i, i // 2, family) for i, family in enumerate(SOCKETS)),  # socket's family
         (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50000 | errno.EPERM), (give, 0, 0, 0x50000 | errno.ENOSYS),
     ]  # fmt: skip
     text = b"".join(struct.pack("HBBI", *instruction) for instruction in program)

@@ -35,7 +35,7 @@ from wire import VALUE, Line
 # what no lab needs and a forger does; its use is told, so that somebody reads the notebook
 SUSPECT = re.compile(
     r"(?<!\w)(ctypes|socket|os\.write|os\.fdopen|/proc/self|gc\.get_|sys\._getframe|sys\.set(?:trace|profile)"
-    r"|addaudithook|__code__|__globals__|tb_frame|sys\.modules|importlib|getsource"
+    r"|addaudithook|__file__|__code__|__globals__|tb_frame|sys\.modules|importlib|getsource"
     r"|nf4lab\.labs(?:\.| import )(?:calls|plain|run_\w+|lab\d)|(?<=import )runner|supervise)"
 )
 CHECK_CELL = re.compile(r"\s*\w+\.check(_all)?\([^()]*\)\s*")
@@ -74,10 +74,14 @@ def load(lab: str, readable: list[str]) -> None:
             empty = _without_checks(f"nf4lab.labs.lab{number}")
             sys.modules[empty.__name__] = empty
             setattr(sys.modules["nf4lab.labs"], f"lab{number}", empty)
+    if lab == "lab4" and not list(Path("/dev").glob("nvidia*")):
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # as its notebook sets it where there is no GPU
+        importlib.import_module("numba.cuda")
     if lab in WARM:
         warm_up()
     if lab in WEIGHTS:
         check_weights()
+    sys.setswitchinterval(1e-4)  # of threads: the simulator's main one asks the others for as long as its turn lasts
     gc.collect()
     gc.freeze()  # what is loaded stays: no fork looks through it for garbage, or copies its pages for that
 
@@ -294,16 +298,16 @@ def answer_calls(task: dict, env: dict, line: Line) -> None:
             try:
                 given = {"value": calls.answer(asked["task"], env, others, extra)}
             except calls.Mistake as mistake:
-                given = {"mistake": mistake.message, "causes": mistake.causes}
+                given = {"mistake": mistake.message}
             except TimeLimit as error:
                 given = {"late": str(error)}
             except BaseException as error:
-                given = {"mistake": short(error), "causes": ()}
+                given = {"mistake": short(error)}
             signal.setitimer(signal.ITIMER_REAL, 0)
             body = plain.dumps(given)
             if len(body) > MOST_ANSWER:
                 text = f"the result takes {len(body) / 2**20:.0f} MB, more than any that is asked for"
-                body = plain.dumps({"mistake": text, "causes": ()})
+                body = plain.dumps({"mistake": text})
             line.send(VALUE, body)
 
 

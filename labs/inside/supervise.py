@@ -31,7 +31,7 @@ class Supervisor:
 
     def __init__(self, grader: Line, runner: Line, task: dict):
         self.grader, self.runner, self.task = grader, runner, task
-        self.peak, self.ended, self.looked = 0, "", 0.0
+        self.peak, self.ended, self.looked, self.measured = 0, "", 0.0, time.monotonic()
 
     def watch(self, child: int) -> None:
         """Pass messages on until the runner ends or has to be ended, then say how it was."""
@@ -48,9 +48,9 @@ class Supervisor:
                     break
         finally:
             self.stop(child)
-        taken = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         with contextlib.suppress(OSError):
-            self.tell(ended=self.ended, peak=self.peak, cpu=taken.ru_utime + taken.ru_stime)
+            self.tell(ended=self.ended, peak=self.peak, cpu=sum(one.ru_utime + one.ru_stime for one in taken))
 
     def tell(self, **state) -> None:
         """Tell the grader what the runner has no say in."""
@@ -81,15 +81,23 @@ class Supervisor:
 
     def look(self, child: int) -> None:
         """Measure the processes at most four times a second, and decide whether they take too much."""
-        if time.monotonic() - self.looked < 0.25:
+        now = time.monotonic()
+        if now - self.looked < 0.25:
             return
         most, memory = self.task["processes"], self.task["memory_bytes"]
-        n_processes, used = usage(child, most + 2)
-        self.peak, self.looked = max(self.peak, used), time.monotonic()
-        if n_processes > most + 2:
+        processes, self.looked = family(child), now
+        if len(processes) > most + 2:  # to read what very many hold takes a while
             self.ended = f"more than {most} processes"
-        elif used > 1.25 * memory:
+        elif (resident(processes) > 1.25 * memory or now - self.measured > 2) and self.measure(
+            processes
+        ) > 1.25 * memory:
             self.ended = f"memory limit ({memory / 2**30:g} GB)"
+
+    def measure(self, processes: list[psutil.Process]) -> int:
+        """Bytes that the processes hold; the most of them is told. It takes a hundred times as long as `resident`."""
+        used, self.measured = held(processes), time.monotonic()
+        self.peak = max(self.peak, used)
+        return used
 
     def end_question(self, child: int) -> None:
         """End whatever the runner has started; the runner itself goes on with the next question."""
@@ -100,6 +108,7 @@ class Supervisor:
     def stop(self, child: int) -> None:
         """End the runner and all that came from it."""
         processes = family(child)
+        self.measure(processes)
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -115,20 +124,25 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def usage(pid: int, most: int) -> tuple[int, int]:
-    """How many processes belong to this one, itself included, and the memory they hold in bytes.
+def resident(processes: list[psutil.Process]) -> int:
+    """Bytes that they have in memory, what they share counted for each: never less than `held`, and soon read."""
+    used = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            used += process.memory_info().rss
+    return used
 
-    What a fork shares with others counts in shares, where the system can tell (Linux). That takes a while for each,
-    so the memory of more processes than `most` is not looked at.
-    """
-    processes, used = family(pid), 0
-    for process in processes if len(processes) <= most else ():
+
+def held(processes: list[psutil.Process]) -> int:
+    """Bytes that they hold; what a fork shares with others counts in shares, where the system can tell (Linux)."""
+    used = 0
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             try:
                 used += process.memory_full_info().pss
             except (psutil.AccessDenied, AttributeError):
                 used += process.memory_info().rss
-    return len(processes), used
+    return used
 
 
 def run(task: dict, grader: Line, spaces: bool) -> None:

@@ -12,7 +12,6 @@ barrier stands between them (as NVIDIA's compute-sanitizer racecheck has it). Tw
 """
 
 import dis
-import functools
 import inspect
 import operator
 import sys
@@ -40,14 +39,14 @@ class KernelMistake(AssertionError):
 
 
 class Access(NamedTuple):
-    """One read or write of one element: by whom, at which instruction, and which of that thread's there."""
+    """One read or write of one element: by whom, at which place in the source, and which of that thread's there."""
 
     array: str
     verb: str
     index: int
     block: int
     thread: int
-    instruction: tuple
+    place: int
     turn: int
 
 
@@ -77,7 +76,7 @@ class Trace:
         together = defaultdict(list)
         for a in self.accesses:
             if (a.array, a.verb) == (array, verb):
-                together[a.block, a.thread // WARP, a.instruction, a.turn].append(a.index)
+                together[a.block, a.thread // WARP, a.place, a.turn].append(a.index)
         return list(together.values())
 
     def sectors(self, array: str, verb: str) -> int:
@@ -138,18 +137,23 @@ class _Launch:
         self.trace, self.turns, self.patience = Trace(blocks, arrays), Counter(), Counter()
         self.arguments = [_Watched(n, a, self) if n in arrays else a for n, a in zip(names, arguments, strict=True)]
         self.once = {names[position] for position in once}
-        self.shared: dict[tuple, _Watched] = {}
+        self.shared: dict[int, _Watched] = {}
+        self.places, self.places_at = {}, {}  # numbers by code and position, and by code and instruction
         self.race: KernelMistake | None = None
         self.cuda = _Cuda(self)
 
     def run(self, body: Callable, has_barriers: bool) -> Trace:
-        kind = _Thread if has_barriers else _Loop
-        with np.errstate(all="ignore"):
-            for block in range(self.blocks):
-                self.block, self.phase, self.shared = block, 0, {}
-                self._run_block([kind(body, thread) for thread in range(self.threads)])
-                for array in self.shared.values():
-                    array.check_unwritten_reads()
+        threads = [(_Thread if has_barriers else _Loop)(body, number) for number in range(self.threads)]
+        try:
+            with np.errstate(all="ignore"):
+                for block in range(self.blocks):
+                    self.block, self.phase, self.shared = block, 0, {}
+                    self._run_block(threads)
+                    for array in self.shared.values():
+                        array.check_unwritten_reads()
+        finally:
+            for thread in threads:
+                thread.abandon()
         return self.trace
 
     def _run_block(self, running: list) -> None:
@@ -157,18 +161,14 @@ class _Launch:
 
         A race waits until they have: if it then turns out that some of them missed the barrier, that is the reason.
         """
-        try:
-            while running:
-                self._advance(running)
-                if len({thread.barrier for thread in running}) > 1:
-                    raise self._missed_barrier(running)
-                if self.race:
-                    raise self.race
-                running = [thread for thread in running if thread.barrier]
-                self.phase += 1
-        finally:
-            for thread in running:
-                thread.abandon()
+        while running:
+            self._advance(running)
+            if len({thread.barrier for thread in running}) > 1:
+                raise self._missed_barrier(running)
+            if self.race:
+                raise self.race
+            running = [thread for thread in running if thread.barrier]
+            self.phase += 1
 
     def _advance(self, running: list) -> None:
         for thread in running:
@@ -194,18 +194,29 @@ class _Launch:
     def who(self, block: int, thread: int) -> str:
         return f"thread {thread}" + (f" of block {block}" if self.blocks > 1 else "")
 
+    def place(self, frame) -> int:
+        """A number, from 1 on, for where in the source a frame is.
+
+        f_lasti alone won't do: a specialised instruction leaves it at its cache.
+        """
+        at = id(frame.f_code), frame.f_lasti
+        if at not in self.places_at:
+            position = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+            self.places_at[at] = self.places.setdefault((frame.f_code, position), len(self.places) + 1)
+        return self.places_at[at]
+
     def record(self, array: "_Watched", verb: str, index: int, frame) -> None:
-        self.patience[self.block, self.thread] += 1
-        if self.patience[self.block, self.thread] > PATIENCE:
-            me = self.who(self.block, self.thread)
-            raise KernelMistake("endless", f"{me} has used memory {PATIENCE:,} times: does its loop ever end?")
-        if not array.is_shared:
-            instruction = _place(frame)
-            key = (self.block, self.thread, verb, instruction)
-            self.trace.accesses.append(
-                Access(array.name, verb, index, self.block, self.thread, instruction, self.turns[key])
+        me = self.block, self.thread
+        self.patience[me] += 1
+        if self.patience[me] > PATIENCE:
+            raise KernelMistake(
+                "endless", f"{self.who(*me)} has used memory {PATIENCE:,} times: does its loop ever end?"
             )
-            self.turns[key] += 1
+        if not array.is_shared:
+            place = self.place(frame)
+            turn = self.turns[me, verb, place]
+            self.turns[me, verb, place] = turn + 1
+            self.trace.accesses.append(Access(array.name, verb, index, *me, place, turn))
 
 
 class _Loop:
@@ -221,37 +232,50 @@ class _Loop:
 
 
 class _Thread(threading.Thread):
-    """One thread of a kernel with barriers, as a thread of the host: `advance` runs it to its next barrier or end."""
+    """One thread of a kernel with barriers, as a thread of the host: `advance` runs it to its next barrier or end.
+
+    It serves block after block, since starting a thread takes longer than what most of a block's do.
+    """
 
     def __init__(self, body: Callable, number: int):
         super().__init__(daemon=True)
         self.body, self.number, self.barrier, self.error, self.abandoned = body, number, None, None, False
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.go, self.done = threading.Lock(), threading.Lock()  # whose turn it is: both are taken until then
+        self.go.acquire()
+        self.done.acquire()
+        self.start()
 
     def run(self) -> None:
-        try:
-            self.body()
-        except BaseException as error:
-            self.error = error
-        self.barrier = None
-        self.done.release()
+        while self._has_its_turn():
+            try:
+                self.body()
+            except BaseException as error:
+                self.error = error
+            self.barrier = None
+            self.done.release()
+
+    def _has_its_turn(self) -> bool:
+        """Wait for it; False where there is none any more."""
+        if not self.abandoned:
+            self.go.acquire()
+        return not self.abandoned
 
     def advance(self) -> None:
-        self.go.release() if self.barrier else self.start()
+        self.go.release()
         self.done.acquire()
         if self.error:
             raise self.error
 
-    def wait(self, barrier: tuple) -> None:
+    def wait(self, barrier: int) -> None:
         self.barrier = barrier
         self.done.release()
-        self.go.acquire()
-        if self.abandoned:
+        if not self._has_its_turn():
             raise SystemExit
 
     def abandon(self) -> None:
         self.abandoned = True
-        self.go.release()
+        if self.go.locked():  # else its turn has just been given, and it ends by itself
+            self.go.release()
 
 
 class _Watched:
@@ -394,11 +418,11 @@ class _Cuda:
         return self._launch.blocks * self._launch.threads
 
     def syncthreads(self) -> None:
-        self._launch.current.wait(_place(sys._getframe(1)))
+        self._launch.current.wait(self._launch.place(sys._getframe(1)))
 
     def _shared_array(self, shape, dtype) -> _Watched:
         frame = sys._getframe(1)
-        place = _place(frame)
+        place = self._launch.place(frame)
         if place not in self._launch.shared:
             name = _assigned_name(frame) or "shared memory"
             self._launch.shared[place] = _Watched(name, _noise(shape, dtype), self._launch, is_shared=True)
@@ -425,16 +449,6 @@ def _noise(shape, dtype) -> np.ndarray:
     dtype = np.dtype(as_dtype(dtype) if hasattr(dtype, "bitwidth") else dtype)
     noise = np.full(shape * dtype.itemsize, 0x55, np.uint8).view(dtype)
     return np.full_like(noise, np.nan) if dtype.kind == "f" else noise
-
-
-@functools.cache
-def _positions(code: types.CodeType) -> list:
-    return list(code.co_positions())
-
-
-def _place(frame) -> tuple:
-    """Where in the source a frame is. (f_lasti alone won't do: a specialised instruction leaves it at its cache.)"""
-    return frame.f_code, _positions(frame.f_code)[frame.f_lasti // 2]
 
 
 def _assigned_name(frame) -> str | None:

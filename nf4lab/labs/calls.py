@@ -94,6 +94,19 @@ def call(function: Callable, *args, package: bool = False, others: Mapping[str, 
     return _call_here(name, function, copied(args), copied(kwargs), package, others or {})
 
 
+def call_each(function: Callable, arguments: list[tuple]) -> list:
+    """What the student's function, which lives here, returns for each of these arguments.
+
+    It counts as one `call`: what that sets and puts back would take longer than a short answer.
+    """
+
+    @functools.wraps(function)
+    def each():
+        return [function(*one) for one in arguments]
+
+    return call(each, name=getattr(function, "__name__", "your function"))
+
+
 def beside(run: Callable, *args, **kwargs):
     """What `run`, a function of this package, returns for the student's objects among the arguments.
 

@@ -35,13 +35,14 @@ from nf4lab.labs.calls import (
 )  # fmt: skip
 
 __all__ = [
-    "Cases", "Mistake", "before", "beside", "call", "close", "copied", "describe", "forgiving", "given", "has",
-    "number", "pair", "plain", "put_aside", "same", "standing_in", "test_case", "that", "usual_state",
+    "Cases", "Mistake", "at_once", "before", "beside", "call", "close", "copied", "describe", "forgiving", "given",
+    "has", "number", "pair", "plain", "put_aside", "same", "standing_in", "test_case", "that", "usual_state",
 ]  # fmt: skip
 Causes = Mapping[
     str, object
 ]  # a likely cause -> what it gives, a list of such, or a function that tells it for certain
 STRICT = contextvars.ContextVar("strict", default=True)
+AT_ONCE = contextvars.ContextVar("at_once", default=False)
 
 
 class test_case(otter.test_files.test_case):
@@ -62,6 +63,16 @@ def forgiving():
         STRICT.reset(token)
 
 
+@contextlib.contextmanager
+def at_once():
+    """Let `Cases` raise at the first that differs, where nobody is told causes."""
+    token = AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        AT_ONCE.reset(token)
+
+
 class Cases:
     """Several calls of one function, compared together; the first that differs is told at the end.
 
@@ -70,7 +81,7 @@ class Cases:
     """
 
     def __init__(self, of_few: bool = False):
-        self._first, self._always, self._sometimes, self._of_few, self._given = None, {}, set(), of_few, {}
+        self._of_few, self._first, self._calls = of_few, None, []
 
     def __enter__(self):
         return self
@@ -87,20 +98,23 @@ class Cases:
         try:
             compare(got, expected, what, *tolerance)
         except Mistake as mistake:
+            if AT_ONCE.get():
+                raise
             self._first = self._first or mistake
-        for cause, wrong in causes.items():
-            wrong = expected if wrong is None else wrong
-            self._always[cause] = self._always.get(cause, True) and _recognised(plain(got), wrong, *tolerance)
-            self._given.setdefault(cause, set()).add(repr(wrong))
-            if not _recognised(expected, wrong, *tolerance):
-                self._sometimes.add(cause)
+        causes = {cause: expected if wrong is None else wrong for cause, wrong in causes.items()}
+        self._calls.append((copied(plain(got)), expected, tolerance, causes))
 
     def __exit__(self, kind, error, trace):
         if kind is None and self._first:
-            raise Mistake(self._first.message, tuple(c for c in self._always if self._always[c] and self._certain(c)))
+            named = dict.fromkeys(cause for *_, causes in self._calls for cause in causes)
+            raise Mistake(self._first.message, tuple(filter(self._certain, named)))
 
     def _certain(self, cause: str) -> bool:
-        return cause in self._sometimes and (not self._of_few or len(self._given[cause]) > 1)
+        """Whether it explains every call that it was asked about, and at least one that it would have made wrong."""
+        asked = [(got, expected, of, causes[cause]) for got, expected, of, causes in self._calls if cause in causes]
+        explains = all(_recognised(got, wrong, *tolerance) for got, _, tolerance, wrong in asked)
+        differs = any(not _recognised(expected, wrong, *tolerance) for _, expected, tolerance, wrong in asked)
+        return explains and differs and (not self._of_few or len({repr(wrong) for *_, wrong in asked}) > 1)
 
 
 def same(got, expected, what: str, causes: Causes | None = None) -> None:

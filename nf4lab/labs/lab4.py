@@ -495,8 +495,8 @@ class Record(Trace):
     def __init__(self, found: dict, roles: tuple[str, ...]):
         self.own = dict(zip(roles, found["names"], strict=True))
         accesses = [
-            Access(roles[array], "writes" if writes else "reads", index, block, thread, (instruction,), turn)
-            for array, writes, index, block, thread, instruction, turn in np.asarray(found["accesses"]).tolist()
+            Access(roles[array], "writes" if writes else "reads", index, block, thread, place, turn)
+            for array, writes, index, block, thread, place, turn in np.asarray(found["accesses"]).tolist()
         ]
         super().__init__(int(found["blocks"]), dict(zip(roles, found["arrays"], strict=True)), accesses)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nf4lab.kernels.tracing import KernelMistake, Trace, trace, trace_body
-from nf4lab.labs.calls import Mistake, call, error_text, standing_in, usual_state
+from nf4lab.labs.calls import Mistake, call, call_each, error_text, standing_in, usual_state
 
 SIMULATED = 128  # each check of a kernel has a launch that is no larger
 REMINDERS = {  # of what a question says, by the kind of mistake and the array's place among the arguments
@@ -73,7 +73,8 @@ def called(function: Callable, arguments: list, sources: dict[str, str]):
 
 def places(place: Callable, rows: int, width: int) -> list[list]:
     """What place(row, word, width) returns for each word of a tile, row by row."""
-    return [[call(place, row, word, width) for word in range(width)] for row in range(rows)]
+    call(place, 0, 0, width)  # says whether it is written at all
+    return [call_each(place, [(row, word, width) for word in range(width)]) for row in range(rows)]
 
 
 @contextlib.contextmanager
@@ -117,11 +118,10 @@ def _told(function: Callable, kind: str, run: Callable, sources: dict[str, str] 
 
 
 def _plain(record: Trace) -> dict:
-    """A trace as arrays of numbers: for each access its array, verb, index, block, thread, instruction and turn."""
-    arrays, instructions = {name: i for i, name in enumerate(record.arrays)}, {}
+    """A trace as arrays of numbers: for each access its array, verb, index, block, thread, place and turn."""
+    arrays = {name: i for i, name in enumerate(record.arrays)}
     rows = [
-        (arrays[a.array], a.verb == "writes", a.index, a.block, a.thread,
-         instructions.setdefault(a.instruction, len(instructions)), a.turn)
+        (arrays[a.array], a.verb == "writes", a.index, a.block, a.thread, a.place, a.turn)
         for a in record.accesses if a.array in arrays
     ]  # fmt: skip
     return {
