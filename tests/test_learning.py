@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nf4lab
+from nf4lab import models
 from nf4lab.beyond.learning import k_means, learn_format, learn_rows, nearest_words, vector_codebook
 from nf4lab.formats import FORMATS
 from nf4lab.layers.starts import loftq, low_rank, pissa
@@ -28,7 +29,7 @@ def sklearn_levels(points: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
     start = FORMATS["nf4"].levels.double().numpy()[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a level that nothing is rounded to
-        found = sklearn_cluster.KMeans(16, init=start, n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(
+        found = sklearn_cluster.KMeans(16, init=start, n_init=1, max_iter=2000, tol=0, algorithm="lloyd").fit(
             points.reshape(-1, 1).double().numpy(), sample_weight=weight.reshape(-1).double().numpy()
         )
     return np.sort(found.cluster_centers_[:, 0])
@@ -41,6 +42,16 @@ def test_learned_levels_equal_scikit_learns(w, importance, weighted):
     expected = sklearn_levels(w.reshape(-1, 64) / absmax, counts)
     format = learn_format(w, 64, importance if weighted else None)
     assert np.abs(format.levels.double().numpy() - expected).max() < 1e-6  # float32 levels
+
+
+def test_the_levels_are_those_that_no_further_step_moves():
+    w = models.minilm_matrices()["encoder.layer.5.output.dense"]  # not there after 100 steps
+    absmax = w.reshape(-1, 64).abs().amax(1, keepdim=True)
+    levels = learn_format(w, 64).levels
+    again = k_means(
+        (w.reshape(-1, 64) / absmax).reshape(1, -1), (absmax**2).expand(-1, 64).reshape(1, -1), levels[None]
+    )
+    assert (again - levels).abs().max() < 1e-6  # float32 levels
 
 
 def test_a_table_a_row_is_each_rows_own(w, importance):
