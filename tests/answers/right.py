@@ -841,3 +841,236 @@ def correct(w, H, block_size):
         columns.append(codes)
         w, P = pass_on(w, P, j, w[:, j] - values)
     return [torch.stack(columns, 1), torch.stack(tops, 1)]
+
+
+# %% lab1 q1 cumulative sums of one step
+def symmetric(absmax, bits):
+    m = (1 << (bits - 1)) - 1
+    steps = torch.full((2 * m + 1,), absmax / m, dtype=torch.float64)
+    steps[0] = -absmax
+    return steps.cumsum(0).float()
+
+
+def min_max(low, high, n):
+    return torch.lerp(torch.full((n,), float(low)), torch.full((n,), float(high)), torch.arange(n) / (n - 1))
+
+
+# %% lab1 q2 a sort of both together
+def nearest(w, levels):
+    middles = ((levels[1:] + levels[:-1]) * 0.5).tolist()
+    order = sorted(range(len(w)), key=lambda i: float(w[i]))
+    codes, code = [0] * len(w), 0
+    for i in order:
+        while code < len(middles) and float(w[i]) > middles[code]:
+            code += 1
+        codes[i] = code
+    return torch.tensor(codes, dtype=torch.uint8)
+
+
+# %% lab1 q2 heaviside of NumPy
+def nearest(w, levels):
+    b = (levels[:-1] + levels[1:]) / 2
+    steps = np.heaviside(w.numpy()[None, :] - b.numpy()[:, None], 0)
+    return torch.from_numpy(steps.sum(axis=0).astype(np.uint8))
+
+
+# %% lab1 q3 bisection of the distribution function
+def equal_shares(n):
+    import math
+
+    def quantile(p):
+        low, high = -10.0, 10.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2)) < p else (low, middle)
+        return middle
+
+    return torch.tensor([quantile((2 * i + 1) / (2 * n)) for i in range(n)])
+
+
+# %% lab1 q4 a dictionary of both halves
+def normal_float(tail):
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf
+    halves = {+1: 8, -1: 7}
+    found = {0.0}
+    for sign, n in halves.items():
+        found |= {sign * z(tail + (0.5 - tail) * i / n) for i in range(n)}
+    return torch.tensor(sorted(x / max(found) for x in found))
+
+
+# %% lab1 q6 walrus and a generator
+def best_tail(w, tails):
+    best = None
+    for tail in tails:
+        levels, total = nf4(tail), 0.0
+        for block in w.split(64):
+            m = block.abs().max()
+            total += float(((levels[nearest(block / m, levels).long()] * m - block) ** 2).sum())
+        if best is None or total < best[0]:
+            best = (total, tail)
+    return best[1]
+
+
+# %% lab2 q1 a norm
+def block_absmax(w, block_size):
+    return torch.stack([torch.linalg.vector_norm(b, float("inf")) for b in w.flatten().split(block_size)])
+
+
+# %% lab2 q3 a byte is a sum
+def pack(codes):
+    even, odd = codes[0::2].int(), codes[1::2].int()
+    if len(even) > len(odd):
+        odd = torch.cat([odd, torch.tensor([7], dtype=torch.int32)])
+    return (even * 16 + odd).byte()
+
+
+def unpack(packed, n):
+    out = torch.zeros(2 * len(packed), dtype=torch.uint8)
+    out[::2], out[1::2] = torch.div(packed, 16, rounding_mode="floor"), torch.remainder(packed, 16)
+    return out[:n]
+
+
+# %% lab2 q4 by one-hot rows
+def decode(packed, absmax, n, block_size):
+    one_hot = F.one_hot(unpack(packed, n).long(), 16).float()
+    values = (one_hot * levels).sum(dim=1)
+    return values * absmax[torch.arange(n) // block_size]
+
+
+# %% lab2 q5 by Fraction and a sum over blocks
+def bits_per_weight(n, block_size):
+    from fractions import Fraction
+
+    total = 0
+    for start in range(0, n, block_size):
+        total += 32
+    total += 8 * ((n >> 1) + (n & 1))
+    return float(Fraction(total, n))
+
+
+# %% lab3 q1 NumPy throughout
+def quantize_constants(absmax, bits, group_size):
+    a = absmax.numpy()
+    m = 2 ** (bits - 1) - 1
+    offset = absmax.mean()
+    centred = a - offset.numpy()
+    n_groups = -(-len(a) // group_size)
+    codes, largest = np.zeros(len(a), np.uint8), np.zeros(n_groups, np.float32)
+    for g in range(n_groups):
+        part = slice(g * group_size, (g + 1) * group_size)
+        largest[g] = np.abs(centred[part]).max()
+        scaled = centred[part] / largest[g] if largest[g] else np.zeros_like(centred[part])
+        codes[part] = np.rint(scaled * np.float32(m)) + m
+    return torch.from_numpy(codes), torch.from_numpy(largest), offset
+
+
+# %% lab3 q3 ceilings by math
+def bits_per_weight(n, block_size, bits, group_size):
+    from math import ceil
+
+    blocks = ceil(n / block_size)
+    return (ceil(n / 2) + ceil(blocks * bits / 8) + 4 * (ceil(blocks / group_size) + 1)) * 8 / n
+
+
+# %% lab4 q1 a bitmap of the memory
+def sectors(first, stride, width):
+    last = first + 31 * stride + width
+    touched = bytearray(last // 32 + 1)
+    for t in range(32):
+        for byte in range(first + t * stride, first + t * stride + width):
+            touched[byte >> 5] = 1
+    return sum(touched)
+
+
+# %% lab4 q3 a loop over the two nibbles
+def dequantize_byte(i, packed, absmax, levels, out, block_size):
+    if i >= len(packed):
+        return
+    byte, j = int(packed[i]), 2 * i
+    scale = absmax[j // block_size]
+    for shift in (4, 0):
+        if j < len(out):
+            out[j] = levels[(byte >> shift) & 0xF] * scale
+        j += 1
+
+
+# %% lab4 q7 the table filled by a strided loop, and the rest by thread
+@cuda.jit
+def v3(codes, scales, table16, result):
+    shared = cuda.shared.array(16, float32)
+    for k in range(cuda.threadIdx.x, 16, cuda.blockDim.x):
+        shared[k] = table16[k]
+    cuda.syncthreads()
+    step = cuda.gridsize(1)
+    i = cuda.grid(1)
+    n = result.size
+    while i < codes.size:
+        both = codes[i]
+        s = scales[i // 32]
+        result[2 * i] = shared[both // 16] * s
+        if 2 * i != n - 1:
+            result[2 * i + 1] = shared[both % 16] * s
+        i += step
+
+
+# %% lab4 q11 the gap is before the row
+def place(row, word, width):
+    start = 4 + row * (4 + width)
+    return start + word
+
+
+# %% lab5 q5 recursion into children with setattr
+def adapt(model, make):
+    for p in model.parameters():
+        p.requires_grad = False
+
+    def walk(parent):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and type(child) is nn.Linear:
+                setattr(parent, name, make(child))
+            else:
+                walk(child)
+
+    walk(model)
+
+
+# %% lab5 q6 one loop with two sums
+def training_bytes(model):
+    sums = {False: 0, True: 0}
+    for p in model.parameters():
+        sums[p.requires_grad] += p.numel() * p.element_size()
+    for b in model.buffers():
+        sums[False] += b.numel() * b.element_size()
+    return sums[False], sums[True] * (1 + 1 + 2)
+
+
+# %% lab6 q1 a sum of outer products
+def second_moments(x):
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for row in x:
+        total += torch.outer(row, row)
+    return total / x.shape[0]
+
+
+# %% lab6 q3 the nearest by distance
+def round_column(column, absmax):
+    s = column / absmax
+    codes = (s[:, None] - levels).abs().argmin(dim=1)
+    return codes.byte(), levels[codes] * absmax
+
+
+# %% lab6 q6 absmax before, by reshaping the block as it is
+def correct(w, H, block_size):
+    w, P = w.clone(), damped_inverse(H)
+    codes = []
+    scales = []
+    for start in range(0, w.shape[1], block_size):
+        scale = w[:, start : start + block_size].abs().max(dim=1).values
+        scales.append(scale)
+        for j in range(start, start + block_size):
+            c, v = round_column(w[:, j], scale)
+            codes.append(c)
+            w, P = pass_on(w, P, j, w[:, j] - v)
+    return torch.stack(codes, 1), torch.stack(scales, 1)

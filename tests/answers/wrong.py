@@ -471,3 +471,166 @@ def output_error(w, w_hat, H):
 def round_column(column, absmax):
     codes = torch.bucketize(column / absmax, boundaries)
     return codes.to(torch.uint8), levels[codes].abs() * absmax
+
+
+# %% lab1 q1 one bit too few
+def symmetric(absmax, bits):
+    m = 2 ** (bits - 2) - 1
+    return torch.linspace(-absmax, absmax, 2 * m + 1)
+
+
+def min_max(low, high, n):
+    return torch.linspace(low, high, n)
+
+
+# %% lab1 q2 searchsorted among the levels themselves | level above
+def nearest(w, levels):
+    return torch.searchsorted(levels, w).clamp(max=len(levels) - 1).to(torch.uint8)
+
+
+# %% lab1 q3 n quantiles with the ends cut at a thousandth
+def equal_shares(n):
+    return torch.from_numpy(norm.ppf(np.linspace(0.001, 0.999, n))).float()
+
+
+# %% lab1 q4 the zero put in after dividing by its own half
+def normal_float(tail):
+    positive = norm.ppf(np.linspace(0.5, tail, 9)[1:])
+    negative = -norm.ppf(np.linspace(0.5, tail, 8)[1:])
+    negative = negative / -negative.min() * 0.99
+    return torch.from_numpy(np.sort(np.r_[negative, 0.0, positive / positive.max()])).float()
+
+
+# %% lab1 q5 the logistic distribution
+def nf4(tail=0.9677083):
+    from scipy.stats import logistic
+
+    def quantiles(n):
+        return torch.from_numpy(logistic.ppf(torch.linspace(tail, 0.5, n)[:-1].numpy())).float()
+
+    levels = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9).flip(0)])
+    return levels / levels.max()
+
+
+# %% lab1 q6 the greatest error | largest error
+def best_tail(w, tails):
+    blocks = w.reshape(-1, 64)
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+
+    def error(tail):
+        levels = nf4(tail)
+        codes = nearest((blocks / absmax).reshape(-1), levels)
+        return ((levels[codes.int()].reshape(-1, 64) * absmax) - blocks).square().mean().item()
+
+    return max(tails, key=error)
+
+
+# %% lab2 q1 the largest sum of neighbours
+def block_absmax(w, block_size):
+    flat = w.reshape(-1)
+    blocks = F.pad(flat, (0, -len(flat) % block_size)).reshape(-1, block_size)
+    return (blocks.amax(1) - blocks.amin(1)) / 2
+
+
+# %% lab2 q2 absmax of the whole tensor
+def encode(w, block_size):
+    flat = w.reshape(-1)
+    absmax = flat.abs().max().repeat(-(-len(flat) // block_size))
+    return torch.bucketize(flat / absmax[0], boundaries).to(torch.uint8), absmax
+
+
+# %% lab2 q3 the odd code repeats the last
+def pack(codes):
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes[-1:]])
+    return codes[0::2] << 4 | codes[1::2]
+
+
+def unpack(packed, n):
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
+
+
+# %% lab2 q4 the short block scaled by the one before
+def decode(packed, absmax, n, block_size):
+    index = (torch.arange(n) // block_size).clamp(max=max(n // block_size - 1, 0))
+    return levels[unpack(packed, n).int()] * absmax[index]
+
+
+# %% lab2 q5 absmax in float16 | 32 bits, not 16
+def bits_per_weight(n, block_size):
+    return 8 * ((n + 1) // 2 + 2 * -(-n // block_size)) / n
+
+
+# %% lab3 q1 codes from one | M \+ 1 was added
+def quantize_constants(absmax, bits, group_size):
+    m = 2 ** (bits - 1) - 1
+    offset = absmax.mean()
+    groups = F.pad(absmax - offset, (0, -len(absmax) % group_size)).reshape(-1, group_size)
+    largest = groups.abs().amax(dim=1)
+    codes = ((groups / largest[:, None]).nan_to_num() * m).round() + m + 1
+    return codes.clamp(max=255).to(torch.uint8).reshape(-1)[: len(absmax)], largest, offset
+
+
+# %% lab3 q2 the offset scaled too
+def dequantize_constants(codes, group_absmax, offset, bits, group_size):
+    m = 2 ** (bits - 1) - 1
+    scale = group_absmax.repeat_interleave(group_size)[: len(codes)]
+    return ((codes.float() - m) / m + offset) * scale
+
+
+# %% lab3 q4 of absolute errors
+def added_error(w, bits):
+    absmax = block_absmax(w, 64)
+    coarse = dequantize_constants(*quantize_constants(absmax, bits, 256), bits, 256)
+    codes, flat = encode(w, absmax, 64), w.reshape(-1).double()
+    exact, more = ((decode(codes, scale, 64) - flat).abs().mean() for scale in (absmax, coarse))
+    return (more / exact - 1).item()
+
+
+# %% lab4 q2 an absmax for every byte
+def least_bytes(n, block_size):
+    return (n + 1) // 2 + 4 * ((n + 1) // 2), 2 * n
+
+
+# %% lab4 q3 scaled by the sign of the absmax
+def dequantize_byte(i, packed, absmax, levels, out, block_size):
+    if i < packed.size:
+        scale = absmax[2 * i // block_size] / 2
+        out[2 * i] = levels[packed[i] >> 4] * scale
+        if 2 * i + 1 < out.size:
+            out[2 * i + 1] = levels[packed[i] & 15] * scale
+
+
+# %% lab4 q8 the nearest boundary
+@cuda.jit(device=True)
+def code_of(s, boundaries):
+    best = 0
+    for b in range(15):
+        if abs(s - boundaries[b]) < abs(s - boundaries[best]):
+            best = b
+    return best
+
+
+# %% lab5 q6 moments forgotten | two moments
+def training_bytes(model):
+    trains = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return frozen + sum(b.nbytes for b in model.buffers()), 2 * trains
+
+
+# %% lab6 q2 root mean square | square root
+def output_error(w, w_hat, H):
+    d = w_hat - w
+    return ((d @ H * d).sum() / (w @ H * w).sum()).sqrt().item()
+
+
+# %% lab6 q4 the largest of the diagonal
+def damped_inverse(H):
+    return torch.linalg.inv(H + 0.01 * H.diagonal().max() * torch.eye(len(H), dtype=H.dtype))
+
+
+# %% lab6 q5 the rounded column changed, and half of the inverse | column j itself
+def pass_on(w, P, j, error):
+    new = w.clone()
+    new[:, j:] -= error[:, None] / P[j, j] * P[j, j:]
+    return new, P - P[:, j : j + 1] * P[j] / P[j, j] * 0.5

@@ -13,4 +13,4 @@ points = None
 
 @test_case(points=1, hidden=False)
 def of_two_blocks(env):
-    lab2.check_decode(feedback.given(env, 'decode'), torch.tensor([1.0, -0.5] * 8 + [0.25, 4.0, -3.0]), 16)
+    lab2.check_decode(feedback.given(env, 'decode'), torch.tensor([2.0, -1.0] * 8 + [0.25, 4.0, -3.0]), 16)
