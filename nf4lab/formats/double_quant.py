@@ -90,9 +90,10 @@ def mean(constants: Tensor) -> Tensor:
     Pieces that torch adds up in one thread, then their sums. Up to 2**15 - 1 constants this is torch's mean, which
     with more depends on the number of threads. On a GPU it is torch's there.
     """
-    if not in_pieces(constants.device):
+    n = constants.numel()
+    if n <= UNSHARED or not in_pieces(constants.device):
         return constants.mean()
-    return torch.stack([piece.sum() for piece in constants.split(UNSHARED)]).sum() / constants.numel()
+    return torch.stack([piece.sum() for piece in constants.split(UNSHARED)]).sum() / n
 
 
 def as_double_quant(double_quant: "bool | str | DoubleQuant") -> DoubleQuant | None:
