@@ -28,6 +28,9 @@ Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 LOOKED_UP = re.compile(r"embed|wte|wpe|relative_attention_bias|(^|\.)shared$")  # tables that are not multiplied
 HEADS = ("lm_head", "embed_out", "score")
 HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
+# PEFT's parts of an adapter, and those of its kind: lora_A, hada_w1_a, oft_R, …; and copies that are trained whole.
+ADAPTERS = re.compile(r"(^|\.)((lora|hada|lokr|oft|boft|vera|randlora|ia3)_\w+|modules_to_save|original_module)(\.|$)")
+ADAPTER, IN_ROWS = "adapter", "a row for each token or position, by its shape"
 KEPT = "kept in float32"
 FUSED_EXPERTS = "fused experts, of which transformers reads no 4-bit file"
 
@@ -75,7 +78,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
             full = tuple(f"{name}.{weight}".lstrip(".") if by_parameter else name for name in names)
             stays, always = _verdict(modules, names, module, kind, why, tied)
             if any(f"{name}.".startswith(adapters) for name in names):
-                stays, always = "adapter", True
+                stays, always = ADAPTER, True
             found.append(Candidate(full, kind, numel, stays, always, bar(names), module))
     return found
 
@@ -234,17 +237,26 @@ def _get(values, name: str):
 # --- names alone
 
 
-def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
-    """The matrices among tensors of these names and shapes, judged by their names: one ending in .weight multiplies."""
-    found = []
+def candidates_by_name(shapes: dict[str, tuple[int, ...]], tables: Collection[int] = ()) -> list[Candidate]:
+    """The matrices among tensors of these names and shapes, judged by their names: one ending in .weight multiplies.
+
+    tables: numbers of tokens and positions, where they are known. A matrix of so many rows, outside of the numbered
+    layers, is an embedding or a head, whatever it is called.
+    """
+    found, is_adapter = [], adapters_among(shapes)
     for key, shape in shapes.items():
         name, bar = key.removesuffix(".weight"), ""
+        if is_adapter(key):
+            found.append(Candidate((key,), "other", math.prod(shape), ADAPTER, always=True))
+            continue
         if len(shape) == 3 and "expert" in name:
             found.append(Candidate((key,), "experts", math.prod(shape), FUSED_EXPERTS))
         if len(shape) != 2:
             continue
         if LOOKED_UP.search(name):
             kind, stays = "embedding", EMBEDDING
+        elif shape[0] in tables and name != key and not any(map(str.isdigit, name.split("."))):
+            kind, stays = "linear", HEAD if is_head(name) else IN_ROWS
         elif name == key:
             kind, stays = "linear", "no weight of a layer, by its name"
         else:
@@ -252,6 +264,13 @@ def candidates_by_name(shapes: dict[str, tuple[int, ...]]) -> list[Candidate]:
             stays = HEAD if is_head(name) else ROUTER if is_router(name, shapes.__contains__) else bar
         found.append(Candidate((key,), kind, math.prod(shape), stays, barred=bar))
     return found
+
+
+def adapters_among(keys: Collection[str]) -> Callable[[str], bool]:
+    """Whether a key of a file is an adapter's: by its name, and each one where the file has adapters and no base."""
+    named = {key for key in keys if ADAPTERS.search(key)}
+    has_base = any(".base_layer." in key for key in keys)
+    return (set(keys) if named and not has_base else named).__contains__
 
 
 def is_head(name: str) -> bool:

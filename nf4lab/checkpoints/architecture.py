@@ -69,9 +69,16 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
             f"{folder.name}: a {config['model_type']} stores its matrices transposed, and transformers, "
             "which knows which of them, is not installed or does not know this model"
         )
-    found = candidates_by_name(shapes)
+    found = candidates_by_name(shapes, sizes_of_tables(config or {}))
     modules = {c.names[0]: c.names[0].removesuffix(".weight") for c in found}
     return Architecture(found, modules, list(modules.values()), known=False)
+
+
+def sizes_of_tables(config: dict) -> set[int]:
+    """The numbers of tokens and of positions that a config.json, or a part of it, names."""
+    named = {key: value for key, value in config.items() if key.endswith("vocab_size") or N_POSITIONS.fullmatch(key)}
+    parts = (sizes_of_tables(part) for part in config.values() if isinstance(part, dict))
+    return {value for value in named.values() if isinstance(value, int)}.union(*parts)
 
 
 def matrices_of(files: Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:

@@ -79,7 +79,7 @@ def quantize_checkpoint(
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         folder = checkpoint_path(source).parent if is_folder else source
         config = read_config(folder) if is_folder else None
-        check_not_quantized(folder, config, {n: str(e.dtype).removeprefix("torch.") for n, e in entries.items()})
+        check_not_quantized(folder, config, entries)
         judged = architecture_of(folder, config, matrices_of(files))
         chosen, others = choose(judged.candidates, include, exclude, "tensors")
         shards = plan(files, chosen, how, limit, is_folder or limit is not None)

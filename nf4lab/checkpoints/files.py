@@ -77,11 +77,11 @@ def opened(path: str | os.PathLike) -> Iterator[list[TensorFile]]:
 
 
 def checkpoint_path(path: str | os.PathLike) -> Path:
-    """The file or the index that a path names: itself, or what its folder holds."""
+    """The file or the index that a path names: itself, or what its folder holds; of both the file, as transformers."""
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in (INDEX, "model.safetensors"):
+    for name in ("model.safetensors", INDEX):
         if (path / name).exists():
             return path / name
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
@@ -113,9 +113,9 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path.name} must map tensors to shards under 'weight_map'; got {weight_map!r:.80}")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard != Path(shard).name:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or str(Path(shard)) != Path(shard).name:
             raise ValueError(f"{path.name}: a shard is a safetensors file in the same folder; got {shard!r:.80}")
-    return weight_map
+    return {name: str(Path(shard)) for name, shard in weight_map.items()}  # without ./ before it
 
 
 def write_index(path: Path, shards: dict[str, dict[str, int]]) -> None:

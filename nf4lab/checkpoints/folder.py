@@ -3,17 +3,21 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, NF4LAB_STATE
+from nf4lab.checkpoints.tensorfile import Entry
 from nf4lab.choice import matches
 from nf4lab.formats import Format
 from nf4lab.formats.double_quant import DoubleQuant
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data")
 NOT_COPIED = (*WEIGHTS, "*.index.json")
+ADAPTER = "adapter_config.json"  # PEFT's, beside an adapter's weights
 CONFIGS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 # What stands at the end of the keys of quantized tensors, and who writes it so.
 MARKS = {
@@ -47,29 +51,33 @@ def read_config(folder: Path) -> dict | None:
     return values
 
 
-def check_not_quantized(source: Path, config: dict | None, dtypes: dict[str, str]) -> None:
-    """Raise ValueError, naming the method, where a file or a folder is quantized already. dtypes: of tensors by key."""
+def check_not_quantized(source: Path, config: dict | None, entries: dict[str, Entry]) -> None:
+    """Raise ValueError, naming the method, where a file or a folder is quantized already."""
     method = _method_of(config or {}) or next((how for file, how in CONFIGS.items() if (source / file).exists()), None)
     at = ""
     if method is None:
-        key, method = next(chain(_marked(dtypes), _of_a_type(dtypes)), ("", None))
+        key, method = next(chain(_marked(entries), _of_a_type(entries)), ("", None))
         at = f" (tensor {key!r})"
     if method is not None:
         raise ValueError(f"{source} is quantized already, by {method}{at}: quantize the original instead")
 
 
-def _marked(dtypes: dict[str, str]) -> Iterator[tuple[str, str]]:
+def _marked(keys: Collection[str]) -> Iterator[tuple[str, str]]:
     """(key, method) of each tensor whose name tells that it is a part of a quantized one."""
-    for key in dtypes:
+    for key in keys:
         method = next((how for end, how in MARKS.items() if key.endswith(end)), None)
-        if method is not None and (method != "MXFP4" or f"{key.removesuffix('_blocks')}_scales" in dtypes):
+        if method is not None and (method != "MXFP4" or f"{key.removesuffix('_blocks')}_scales" in keys):
             yield key, method
 
 
-def _of_a_type(dtypes: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """(key, method) of each tensor whose type tells: no one trains weights that are integers or have 8 bits."""
-    for key, dtype in dtypes.items():
-        if dtype.startswith("float8"):
+def _of_a_type(entries: dict[str, Entry]) -> Iterator[tuple[str, str]]:
+    """(key, method) of each tensor whose type tells: no one trains weights that are integers or have 8 bits.
+
+    A number or a row in 8 bits, the scale of a cache, say, is no weight.
+    """
+    for key, entry in entries.items():
+        dtype = str(entry.dtype).removeprefix("torch.")
+        if dtype.startswith("float8") and (len(entry.shape) > 1 or key.endswith(".weight")):
             yield key, "FP8"
         elif "int" in dtype and key.endswith(".weight"):
             yield key, f"a method that stores weights as {dtype}"
@@ -94,7 +102,9 @@ def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
     weights: the files that the model was read from, which are not counted as left out.
 
     Hidden files stay behind; links become what they point to. In a subfolder that a modules.json lists, a part of a
-    sentence-transformers model, weights go along; in any other they are the same model in another form.
+    sentence-transformers model, and in one of an adapter, weights go along; in any other they are the same model in
+    another form. An adapter beside the model stays behind: transformers would open the folder as that adapter's, on
+    the model that it names, which is not the one in 4 bits.
     """
     parts = _listed_modules(source)
     left_out = []
@@ -102,11 +112,19 @@ def copy_others(source: Path, target: Path, weights: set[str]) -> list[str]:
         inside = path.relative_to(source)
         if path.is_dir():
             (target / inside).mkdir()
-        elif path.is_file() and (inside.parent.as_posix() in parts or not matches(path.name, NOT_COPIED)):
+        elif path.is_file() and _goes_along(path, inside, parts):
             shutil.copyfile(path, target / inside)
         elif inside.as_posix() not in weights:
             left_out.append(inside.as_posix())
     return left_out
+
+
+def _goes_along(path: Path, inside: Path, parts: set[str]) -> bool:
+    """Whether a file is copied. inside: its path in the folder. parts: subfolders whose weights are copied too."""
+    if inside.parent == Path():
+        return not matches(path.name, (*NOT_COPIED, ADAPTER))
+    is_part = inside.parent.as_posix() in parts or path.with_name(ADAPTER).exists()
+    return is_part or not matches(path.name, NOT_COPIED)
 
 
 def _all_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -137,10 +155,16 @@ def not_for_bitsandbytes(format: Format, block_size: int, double_quant: bool | D
 
 
 def dtype_of(config: dict) -> str | None:
-    """The dtype that a config.json, or a part of it, gives the model; None where it says nothing."""
+    """The dtype that a config.json, or a part of it, gives the model, as torch calls it; None where it says nothing.
+
+    "half" is float16 in torch, too.
+    """
     own = config.get("dtype") or config.get("torch_dtype")
+    if own:
+        name = str(own).removeprefix("torch.")
+        return str(getattr(torch, name, name)).removeprefix("torch.")
     parts = (dtype_of(part) for part in config.values() if isinstance(part, dict))
-    return str(own).removeprefix("torch.") if own else next(filter(None, parts), None)
+    return next(filter(None, parts), None)
 
 
 def warn_of_widths(widths: dict[str, int], block_size: int, stacklevel: int = 2) -> None:
