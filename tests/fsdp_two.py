@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -95,7 +96,22 @@ def in_two(case: Case, device: str, rank: int) -> dict:
     local = sum(p.to_local().nbytes for name, p in model.named_parameters() if name.endswith("packed"))
     (answers,) = train(model, batches[rank : rank + 1])
     state = {key: whole(value) for key, value in model.state_dict().items()}
-    return {"answers": answers, "state": state, "local": local, "packed": packed}
+    return {"answers": answers, "state": state, "local": local, "packed": packed} | saved_and_loaded(model)
+
+
+def saved_and_loaded(model) -> dict:
+    """What torch.distributed.checkpoint has of a sharded model, and what comes back where that is loaded again."""
+    parts = get_model_state_dict(model)
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    kept = {key: whole(value) for key, value in parts.items()}
+    loaded = {}
+    for name, state, options in (("parts", parts, {}), ("whole", full, {"full_state_dict": True})):
+        state = {key: value.clone() for key, value in state.items()}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.detach().zero_()
+        set_model_state_dict(model, state, options=StateDictOptions(**options))
+        loaded[name] = {key: whole(value) for key, value in model.state_dict().items()}
+    return {"full": {key: whole(value) for key, value in full.items()}, "kept": kept, "loaded": loaded}
 
 
 def both(device: str, folder: str) -> list[dict]:

@@ -1,5 +1,6 @@
 """nf4lab between its neighbours: bitsandbytes' layers adopted, models saved in five ways, PEFT, Trainer."""
 
+import copy
 import hashlib
 import os
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import nf4lab
 
@@ -333,6 +335,25 @@ def test_five_ways_of_saving_give_the_same_bits_in_another_process(tmp_path):
         expected += [digest(model)] * 5
     assert expected[0] != expected[5]
     assert in_another_process(LOADED, folders=folders) == expected
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_model_with_quantized_experts_is_loaded_copied_and_sent(tmp_path, name):
+    model, others = make(name), [make(name, seed=1) for _ in range(4)]
+    nf4lab.quantize_model_(model, double_quant=True)
+    for other in others:
+        nf4lab.quantize_model_(other, double_quant=True)
+    expected, state = outputs(model), model.state_dict()
+    others[0].load_state_dict(state)
+    others[1].load_state_dict(state, assign=True)
+    safetensors.torch.save_file(state, tmp_path / "file")
+    safetensors.torch.load_model(others[2], tmp_path / "file")
+    set_model_state_dict(others[3], get_model_state_dict(model))
+    copies = [copy.deepcopy(others[0]), pickle.loads(pickle.dumps(others[0]))]
+    for other in (*others, *copies):
+        assert torch.equal(outputs(other), expected)
+    with pytest.raises(RuntimeError, match=r"experts\.gate_up_proj: it is not quantized, but torch.float32"):
+        copies[0].load_state_dict(make(name).state_dict())
 
 
 # --- PEFT

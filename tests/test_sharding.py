@@ -4,6 +4,7 @@ import pytest
 import torch
 from fsdp_two import CASES, both, in_one
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import nf4lab
 from nf4lab.layers import sharded
@@ -35,6 +36,23 @@ def test_forward_backward_and_state_are_those_of_one_process(device_and_found, c
         assert two[case]["state"].keys() == one["state"].keys()
         for name, tensor in one["state"].items():  # a sum of two gradients has one order: adapters are equal too
             assert torch.equal(two[case]["state"][name], tensor), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torchs_distributed_checkpoint_has_the_state_and_brings_it_back(device_and_found, case):
+    for two in (found[case] for found in device_and_found[1]):
+        for state in (two["full"], two["kept"], two["loaded"]["parts"], two["loaded"]["whole"]):
+            assert state.keys() == two["state"].keys()
+            assert all(torch.equal(state[name], tensor) for name, tensor in two["state"].items())
+
+
+@pytest.mark.parametrize("format", ["nf4", "uniform", "nvfp4"])
+def test_one_process_alone_saves_and_loads_4_bit_layers_by_torchs_distributed_checkpoint(format):
+    models = [nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)) for _ in range(2)]
+    for model in models:
+        nf4lab.quantize_model_(model, format)
+    set_model_state_dict(models[1], get_model_state_dict(models[0]))
+    assert torch.equal(models[1][0].weight, models[0][0].weight)
 
 
 def test_without_processes_a_shardable_model_is_the_same_and_is_saved_alike():

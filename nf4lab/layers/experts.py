@@ -39,6 +39,7 @@ class Experts4bit(Stored4bit):
         """Put experts in the place of a parameter of `module`."""
         del module._parameters[name]
         module.add_module(name, experts)
+        module.register_load_state_dict_pre_hook(_hand_down)
 
     def __getitem__(self, index) -> Tensor:
         """One expert decoded where index is an integer; else the same part of all of them, decoded."""
@@ -86,7 +87,19 @@ class Experts4bit(Stored4bit):
         """As bitsandbytes: the packed bytes have the parameter's own name."""
         return prefix.removesuffix(".")
 
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if f"{prefix}weight" in state_dict:
+            state_dict[self._key(prefix)] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def extra_repr(self) -> str:
         """What repr shows between the brackets."""
         q = self.quantized
         return f"{tuple(q.shape)}, {q.format.name}, block_size={q.block_size}, bits_per_weight={q.bits_per_weight:.4f}"
+
+
+def _hand_down(module: nn.Module, state_dict: dict, prefix: str, *others) -> None:
+    """Before a module loads: its experts' packed bytes, whose key is a parameter's, get one that torch hands down."""
+    for name, child in module._modules.items():
+        if isinstance(child, Experts4bit) and prefix + name in state_dict:
+            state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)

@@ -1,6 +1,7 @@
 """4-bit layers for FSDP2: packed bytes as parameters, which `torch.distributed.fsdp.fully_shard` cuts and gathers."""
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
@@ -13,7 +14,7 @@ def shardable_(model: nn.Module) -> int:
 
     `fully_shard` cuts parameters and leaves buffers whole on each process: after this it cuts the packed bytes. The
     constants, half a bit per weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
-    same keys as before.
+    same keys as before, and can be loaded: each process takes its part of what is whole.
 
     Raises ValueError where there is no 4-bit layer.
     """
@@ -39,8 +40,24 @@ class _PackedParameter(Stored4bit):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}packed"]  # it is there as the weight
 
-    def _load(self, found, assign: bool) -> None:
-        raise ValueError("the packed bytes are a parameter for fully_shard: load them before shardable_")
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        own = state_dict.pop(
+            f"{prefix}packed", None
+        )  # torch.distributed.checkpoint adds the parameters to what it loads
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}packed"]  # it is there as the weight
+        if own is not None:
+            state_dict[f"{prefix}packed"] = own
+
+    def _take(self, name: str, tensor: Tensor, assign: bool) -> None:
+        """As for every 4-bit layer; of packed bytes the values, and where processes have parts of them, its part."""
+        if name != "packed":
+            super()._take(name, tensor, assign)
+            return
+        packed = self._parameters["packed"]
+        if isinstance(packed, DTensor) and not isinstance(tensor, DTensor):
+            tensor = distribute_tensor(tensor, packed.device_mesh, packed.placements, src_data_rank=None)
+        packed.copy_(tensor)
 
 
 class ShardableLinear4bit(_PackedParameter, Linear4bit):

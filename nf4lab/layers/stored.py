@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.checkpoints.keys import from_parts, parts_of
+from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
 from nf4lab.layers import ops  # which registers torch.ops.nf4lab
 from nf4lab.layers.layout import layout_of, rebuilt, tensors_of
+
+FIRST_WORDS = {"weight", *(end.split(".")[1] for end in (*STATES, *BITSANDBYTES_PARTS, *NF4LAB_PARTS))}  # of keys
 
 
 class Stored4bit(nn.Module):
@@ -92,8 +94,29 @@ class Stored4bit(nn.Module):
         if self.packed.is_meta and not assign:
             raise ValueError("the layer is on the meta device: load with assign=True")
         self.dtype = found.dtype if assign else self.dtype
-        for name, tensor in tensors_of(found).items():  # what a file has as a number comes on the CPU
-            self._buffers[name] = tensor.to(found.packed.device) if assign else self._buffers[name].copy_(tensor)
+        for name, tensor in tensors_of(found).items():
+            self._take(name, tensor.to(found.packed.device), assign)  # what a file has as a number comes on the CPU
+
+    def _take(self, name: str, tensor: Tensor, assign: bool) -> None:
+        """Have a tensor as one of those that the weight is stored in, or its values."""
+        self._buffers[name] = tensor if assign else self._buffers[name].copy_(tensor)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint finds what keys like `weight.absmax` name: it asks for attributes."""
+        return dict.fromkeys(FIRST_WORDS, "_named")
+
+    @property
+    def _named(self) -> "_AnyName":
+        return _AnyName()
+
+
+class _AnyName:
+    """Something that has an attribute of any name that is no one's own: itself."""
+
+    def __getattr__(self, name: str) -> "_AnyName":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 def _own(tensor: Tensor) -> Tensor:
