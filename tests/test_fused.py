@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nf4lab.kernels.cuda import crossover, few_rows, fused, gemm_kernels, gemv_kernels
+from nf4lab.kernels.cuda import crossover, few_rows, fused, gemv_kernels
 from nf4lab.kernels.cuda.launch import SIMULATOR
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator's layouts are smaller")
@@ -14,18 +14,17 @@ pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator's layouts are s
 def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
     def takes(version, *case):
         kernel = fused.launches(version, *case)[0].kernel
-        of_gemm = {"nf4lab.kernels.cuda.gemm_kernels": "v4"}.get(kernel.py_func.__module__)
-        return of_gemm or next(name for name, kind in kinds.items() if kernel in kind)
+        return kernel.py_func.__name__ if kernel not in gemv_kernels.TENSOR_CORES.values() else "v3"
 
     monkeypatch.setattr(fused, "SIMULATOR", False)
     monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
     monkeypatch.setattr(fused, "processors", lambda device: 132)
     monkeypatch.setattr(fused, "capability", lambda device: {-9: (9, 0), -8: (8, 0), -7: (7, 5)}[device])
-    v4 = [gemm_kernels.kernel(way) for e in (1, 2, 4, 8) for t in (1, 2, 7) for way in gemm_kernels.layouts(e, t, 64)]
-    v4 += [gemm_kernels.kernel(way) for way in gemm_kernels.layouts(1, 7, 32)]
-    kinds = {"v1": [gemv_kernels.v1], "v2": [gemv_kernels.v2], "v3": list(gemv_kernels.TENSOR_CORES.values())}
-    kinds |= {"v4": v4, "v5": [few_rows.kernel(stages) for stages in (3, 4)]}
     half, hopper, ampere, turing = torch.float16, -9, -8, -7
+    assert takes("v6", 1, 14336, 4096, 64, half, hopper, True) == "v6"
+    assert takes("v6", 129, 14336, 4096, 64, half, hopper, True) == "v2"
+    assert takes("v6", 8, 14336, 4096, 32, half, hopper, True) == "v4"
+    assert takes("v6", 64, 14336, 4096, 64, half, ampere, True) == "v4"
     assert takes("v5", 1, 14336, 4096, 64, half, hopper, True) == "v5"
     assert takes("v5", 9, 14336, 4096, 64, half, hopper, True) == "v4"
     assert takes("v5", 1, 14336, 4096, 32, half, hopper, True) == "v4"
@@ -36,9 +35,18 @@ def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
     assert takes("v5", 1, 14336, 4096 + 32, 64, half, hopper, True) == "v2"
     assert takes("v5", 1, 14336, 4096, 64, half, hopper, False) == "v1"
     assert takes("v5", 1, 14336, 4096, 16, half, hopper, True) == "v1"
+    for n, first_of_v6 in ((14336, 33), (4096, 49), (1024, 65)):
+        around = (1, 8, 9, first_of_v6 - 1, first_of_v6, 128)
+        by_rows = [takes("fastest", rows, n, 4096, 64, half, hopper, True) for rows in around]
+        assert by_rows == ["v5", "v5", "v4", "v4", "v6", "v6"]
+    assert [fused.most_rows(4096, block_size, gpu) for block_size, gpu in ((64, -9), (32, -9), (64, -8))] == [
+        128,
+        64,
+        64,
+    ]
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 32, 64])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 24, 32, 48, 64, 128])
 @pytest.mark.parametrize(
     ("n", "k"), [(1024, 4096), (14336, 4096), (28672, 8192), (8192, 28672), (151936, 2048), (7, 64)]
 )
@@ -48,7 +56,7 @@ def test_every_launch_fits_the_smallest_and_the_largest_shared_memory(n, k, rows
     monkeypatch.setattr(fused, "capability", lambda device: (9, 0) if device == -20 else (8, 6))
     for device, limit in ((-20, 232448), (-21, 101376)):
         monkeypatch.setattr(fused, "shared_limit", lambda device, limit=limit: limit)
-        (one,) = fused.launches.__wrapped__("v5", rows, n, k, 64, torch.bfloat16, device, True)
+        (one,) = fused.launches.__wrapped__("fastest", rows, n, k, 64, torch.bfloat16, device, True)
         assert one.shared_bytes <= limit
         if one.kernel is not gemv_kernels.v2:  # it takes what has no room for a tile
             tiles = one.numbers[0] if one.numbers else -(-n // (16 * one.grid))

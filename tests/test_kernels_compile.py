@@ -26,6 +26,7 @@ from nf4lab.kernels.cuda import (
     gemv_kernels,
     hadamard_kernels,
     quantize_kernels,
+    warpgroup_kernels,
 )
 from nf4lab.kernels.cuda.assemble import assemble
 
@@ -124,7 +125,7 @@ def test_the_few_rows_kernel_copies_in_bulk_and_keeps_x_in_registers(stages, x):
 @pytest.mark.parametrize("capability", CAPABILITIES[1:], ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize(
     ("eights", "tiles", "block_size"),
-    [(1, 7, 64), (2, 7, 64), (4, 2, 64), (4, 7, 64), (8, 2, 64), (8, 7, 64), (8, 7, 32)],
+    [(1, 7, 64), (2, 7, 64), (3, 7, 64), (4, 2, 64), (4, 7, 64), (8, 2, 64), (8, 7, 64), (8, 7, 32)],
 )
 def test_the_gemm_fits_its_registers(eights, tiles, block_size, capability):
     layout = gemm_kernels.layouts(eights, tiles, block_size)[0]
@@ -136,6 +137,18 @@ def test_the_gemm_fits_its_registers(eights, tiles, block_size, capability):
     of_warp = -(-tiles // layout.warps_down)
     assert ptx.count("mma.sync") == 4 * eights * of_warp and ptx.count("prmt.b32") == 16 * of_warp
     assert ptx.count("shfl.sync") == 2 * parts * of_warp
+
+
+@pytest.mark.parametrize("x", [HALF, BFLOAT], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("eights", "tiles"), [(2, 1), (5, 2), (8, 7), (16, 7)])
+def test_the_warpgroups_kernel_fits_its_registers(eights, tiles, x):
+    layout = warpgroup_kernels.layouts(eights, tiles)[0]
+    kernel, limit = warpgroup_kernels.kernel(layout), min(255, 65536 // layout.threads)
+    ptx, local_bytes = ptx_and_local_bytes(kernel, gemv_types(x), (9, 0), max_registers=limit)
+    assert_lean(ptx, local_bytes)
+    steps = ptx.count(f"wgmma.mma_async.sync.aligned.m64n{8 * eights}k16")
+    assert steps in (4, 4 * warpgroup_kernels.BLOCKS)  # the compiler may or may not unroll the step's blocks
+    assert "griddepcontrol.wait" in ptx and "sm_90a" in ptx
 
 
 TEACHING = {

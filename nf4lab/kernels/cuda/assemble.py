@@ -33,5 +33,6 @@ def assemble(kernel, signature, capability, max_registers=None):
     with pretend_gpu(capability):
         compiled = dispatcher._Kernel(kernel.py_func, signature, lto=True, max_registers=max_registers)
         library = compiled._codelibrary
-        cubin = library.get_cubin(cc=capability)
-        return library.get_lto_ptx(cc=capability), getattr(cubin, "code", cubin)
+        target = (*capability, "a" if capability >= (9, 0) else "")  # as numba-cuda does on the GPU itself
+        cubin = library.get_cubin(cc=target)
+        return library.get_lto_ptx(cc=target), getattr(cubin, "code", cubin)

@@ -32,10 +32,12 @@ from .intrinsics import (
     copy_bulk,
     float_bits,
     from_lane,
+    kernel_before_done,
     load16,
     load_matrices,
     multiply,
     multiply_tile,
+    next_kernel_may_start,
     pair_at,
     pinned,
     shared_start,
@@ -126,14 +128,16 @@ def kernel(stages):
         tile_0 = int32(cuda.blockIdx.x * tiles)
         tiles = min(int32(tiles), int32(((last_row + 16) >> 4) - tile_0))
         work = int32(tiles * ((columns + (SEGMENT - 1)) // SEGMENT))
-        read_tables(x, levels, code_map, nested, thread, THREADS, pairs, decoded)
-        smallest = offset[0]
         if thread == 0:
             for s in range(stages):
                 barrier_init(shared, full + 2 * s, 16)
                 barrier_init(shared, empty + 2 * s, WARPS)
             barriers_ready()
         cuda.syncthreads()
+        kernel_before_done()
+        next_kernel_may_start()
+        read_tables(x, levels, code_map, nested, thread, THREADS, pairs, decoded)
+        smallest = offset[0]
         for s in range(warp, min(work, int32(stages - 1)), WARPS):
             order(shared, packed, int32(s), tile_0, tiles, last_row, columns, lane)
         first = int32(64 * BLOCKS * warp)  # this warp's first column in the segment

@@ -1,14 +1,16 @@
 """Which kernel multiplies so many rows of x by a packed weight, and how it is launched.
 
     version  takes                                                                     needs
+    v6       1 to 128 rows, absmax blocks of 64 or more                                sm_90 (warpgroups)
     v5       1 to 8 rows, absmax blocks of 64 or more                                  sm_90 (bulk copies)
     v4       1 to 64 rows, absmax blocks of 32 or more                                 sm_80
     v3       1 to 16 rows, absmax blocks of 64 or more; n multiple of 16, k of 256     sm_80
     v2       any number of rows, k multiple of 32, absmax blocks of 32 or more
     v1       anything
 
-v3 to v5 take x in 16 bits, v4 and v5 k a multiple of 64, all but v1 tensors that start on 16 bytes. Asked for a
-version that cannot, the next below is taken.
+v3 to v6 take x in 16 bits, v4 to v6 k a multiple of 64, all but v1 tensors that start on 16 bytes. Asked for a
+version that cannot, the next below is taken. "fastest" stands for v5 up to 8 rows, then v4, then v6: from 33 rows on
+where n gives each processor of the GPU four tiles of 16 rows, later where it gives fewer.
 """
 
 import functools
@@ -16,12 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from . import few_rows, gemm_kernels, gemv_kernels
+from . import few_rows, gemm_kernels, gemv_kernels, warpgroup_kernels
 from .launch import SIMULATOR
 
-VERSIONS = ("v1", "v2", "v3", "v4", "v5")
-MOST_ROWS = 64
-MOST_WEIGHTS = 2**36  # v4 and v5 count 32 columns at a time, in 32 bits
+VERSIONS = ("v1", "v2", "v3", "v4", "v5", "v6")
+MOST_ROWS = warpgroup_kernels.MOST_ROWS
+MOST_ROWS_OF_V4 = 64
+MOST_WEIGHTS = 2**36  # v4 to v6 count 32 columns at a time, in 32 bits
 
 
 class Launch(NamedTuple):
@@ -43,9 +46,12 @@ def launches(version, rows, n, k, block_size, dtype, device, aligned):
 
     aligned: whether x and the packed weight start on 16 bytes.
     """
+    version = fastest(rows, n, device) if version == "fastest" else version
     tensor_cores = dtype != torch.float32 and aligned and (SIMULATOR or capability(device) >= (8, 0))
     if version >= "v4" and tensor_cores and k % 64 == 0 and block_size >= 32 and n * k < MOST_WEIGHTS:
-        one = few_rows_launch(rows, n, device) if version == "v5" and block_size >= 64 and rows <= 8 else None
+        hopper = block_size >= 64 and (SIMULATOR or capability(device) >= (9, 0))
+        one = warpgroup_launch(rows, n, device) if version == "v6" and hopper else None
+        one = one or (few_rows_launch(rows, n, device) if version >= "v5" and hopper and rows <= 8 else None)
         one = one or gemm_launch(rows, n, block_size, device)
         if one:
             return [one]
@@ -57,10 +63,21 @@ def launches(version, rows, n, k, block_size, dtype, device, aligned):
     return [Launch(gemv_kernels.v1 if simple else gemv_kernels.v2, -(-rows * n // warps), 32 * warps, 0, None, 0, rows)]
 
 
+def fastest(rows, n, device):
+    """The version that was fastest on an H200: a tile or two a thread block leave most of a warpgroup idle."""
+    tiles = next(shares(-(-n // 16), device))
+    rows_of_v4 = 32 if tiles >= 4 else 48 if tiles > 1 else MOST_ROWS_OF_V4
+    return "v5" if rows <= 8 else "v4" if rows <= rows_of_v4 else "v6"
+
+
+def most_rows(k, block_size, device):
+    """The most rows of x (16 bits) that one launch takes by tensor cores."""
+    hopper = not SIMULATOR and capability(device) >= (9, 0) and block_size >= 64 and k % 64 == 0
+    return MOST_ROWS if hopper else MOST_ROWS_OF_V4
+
+
 def few_rows_launch(rows, n, device):
     """v5: as few rounds of the GPU's processors as its shared memory allows, at least three stages."""
-    if not SIMULATOR and capability(device) < (9, 0):
-        return None
     all_tiles = -(-n // 16)
     for tiles in shares(all_tiles, device):
         for stages in (4, 3):
@@ -74,17 +91,25 @@ def few_rows_launch(rows, n, device):
 
 def gemm_launch(rows, n, block_size, device):
     """v4, likewise, with the fastest layout that fits."""
-    if rows > MOST_ROWS:
+    if rows > MOST_ROWS_OF_V4:
         return None
-    eights = next(e for e in (1, 2, 4, 8) if 8 * e >= rows)
+    return first_that_fits(gemm_kernels, rows, n, device, block_size)
+
+
+def warpgroup_launch(rows, n, device):
+    """v6, likewise."""
+    return None if rows > MOST_ROWS else first_that_fits(warpgroup_kernels, rows, n, device)
+
+
+def first_that_fits(kernels, rows, n, device, *more):
+    """The launch of the first of kernels.layouts(eights of rows, tiles, *more) that fits shared memory, or None."""
     all_tiles = -(-n // 16)
     for tiles in shares(all_tiles, device):
-        for layout in gemm_kernels.layouts(eights, tiles, block_size):
+        for layout in kernels.layouts(-(-rows // 8), tiles, *more):
             size = layout.shared_bytes(rows)
             if size <= shared_limit(device):
-                kernel = gemm_kernels.kernel(layout)
-                grid, registers = -(-all_tiles // tiles), 65536 // layout.threads
-                return Launch(kernel, grid, layout.threads, size, registers, 0, rows)
+                grid, registers = -(-all_tiles // tiles), min(255, 65536 // layout.threads)
+                return Launch(kernels.kernel(layout), grid, layout.threads, size, registers, 0, rows)
     return None
 
 

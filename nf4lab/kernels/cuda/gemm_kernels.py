@@ -37,10 +37,12 @@ from .intrinsics import (
     copy16,
     float_bits,
     from_lane,
+    kernel_before_done,
     load16_shared,
     load_matrices,
     multiply,
     multiply_tile,
+    next_kernel_may_start,
     pack_like,
     pair_at,
     pinned,
@@ -121,6 +123,28 @@ def fill_tables(shared, nested, thread, threads, pairs, decoded):
 @cuda.jit(device=True, inline="always")
 def place_of(code):
     return uint32(uint32(64) * code + uint32(32) + (code & uint32(31)))
+
+
+@cuda.jit(device=True, inline="always")
+def put_down(shared, sums, first, eights, along_at, first_row, x_rows, pitch, row, t):
+    """Set down a lane's sums of one tile for eights of x's rows from first_row on; `row` of the block is its g-th."""
+    for f in range(eights):
+        for e in range(4):
+            row_of_x = int32(first_row + 8 * f + 2 * t + (e & 1))
+            if row_of_x < x_rows:
+                place = int32(PAIRS + (along_at * x_rows + row_of_x) * pitch + row + 8 * (e >> 1))
+                shared[uint32(place)] = float_bits(sums[first + 4 * f + e])
+
+
+@cuda.jit(device=True, inline="always")
+def add_up(shared, along, x_rows, pitch, thread, threads, row_0, row_count, n, bias, has_bias, y):
+    """What the warps of other columns set down, added up in their order and written."""
+    for row_of_x in range(thread >> 5, x_rows, threads >> 5):
+        for row in range(thread & 31, row_count, 32):
+            total = float32(0)
+            for w in range(along):
+                total += bits_float(shared[uint32(int32(PAIRS + (w * x_rows + row_of_x) * pitch + row))])
+            finish(y, bias, has_bias, row_of_x * n + row_0 + row, row_0 + row, total)
 
 
 def layouts(eights, tiles, block_size):
@@ -238,8 +262,6 @@ def kernel(layout):
         row_count = min(int32(16 * tiles), int32(last_row + 1 - row_0))
         steps = int32((k_32 + 2 * along - 1) // (2 * along))
         start = int32(shared_start(shared) + ring)
-        read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded)
-        smallest = offset[0]
         w_row, w_vector = int32(thread // vectors), int32(thread % vectors)
         x_row, x_vector = int32(thread // x_vectors), int32(thread % x_vectors)
         for j in range(most_w):
@@ -248,6 +270,10 @@ def kernel(layout):
             x_from[j] = int32(min(int32(x_row + j * x_at_once), int32(x_rows - 1)) * k_8 + x_vector)
         x_to = int32(start + 4 * (x_row * x_pitch + 4 * x_vector))
         w_to = int32(start + x_bytes + 4 * (w_row * w_pitch + 4 * w_vector))
+        kernel_before_done()
+        next_kernel_may_start()
+        read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded)
+        smallest = offset[0]
         w_ahead, x_ahead = int32(0), int32(0)
         for s in range(stages - 1):
             copy_step(
@@ -312,18 +338,8 @@ def kernel(layout):
         for m in range(tiles_a_warp):
             tile = int32(down * m + down_at)
             if tile < tiles:
-                for f in range(eights):
-                    for e in range(4):
-                        row_of_x = int32(8 * f + 2 * t + (e & 1))
-                        if row_of_x < x_rows:
-                            place = int32(PAIRS + (along_at * x_rows + row_of_x) * pitch + 16 * tile + g + 8 * (e >> 1))
-                            shared[uint32(place)] = float_bits(sums[m * sum_count + 4 * f + e])
+                put_down(shared, sums, m * sum_count, eights, along_at, 0, x_rows, pitch, int32(16 * tile + g), t)
         cuda.syncthreads()
-        for row_of_x in range(warp, x_rows, threads // 32):
-            for row in range(lane, row_count, 32):
-                total = float32(0)
-                for w in range(along):
-                    total += bits_float(shared[uint32(int32(PAIRS + (w * x_rows + row_of_x) * pitch + row))])
-                finish(y, bias, has_bias, row_of_x * n + row_0 + row, row_0 + row, total)
+        add_up(shared, along, x_rows, pitch, thread, threads, row_0, row_count, n, bias, has_bias, y)
 
     return v4

@@ -24,6 +24,14 @@
     multiply_16x8x16(sums, k, a0, a1, a2, a3, b0, b1)  a warp's tensor core step, sums[k:k + 4] += A B (PTX: mma.sync)
     max_across(v, lanes)     greatest uint32 among `lanes` neighbouring lanes (a power of two, at most 32)
     sum_across(v, lanes)     float32 sum over them
+    pair_selected(shared, word, s, lane_bytes)  as pair_at, the byte chosen by bits 4 and 5 of s, which is 0x7604 else
+    kernel_before_done()     waits until the kernels launched before have ended and what they wrote is seen
+    next_kernel_may_start()  the next kernel may be launched, if it waits by itself (PTX: griddepcontrol)
+    sync_threads(b, count)   `count` threads, whole warps, wait for each other at barrier b of 1 to 15
+    copies_seen()            what this thread copied into shared memory is seen by the tensor cores' own reads of it
+    multiply_by_warpgroup(x, shared, products, a, b_at, eights)  four warps' step over 64 columns (PTX: wgmma):
+                             products (4 eights) = A B, A's 16 words a lane in a, B (8 eights rows of 128 bytes, pieces
+                             swizzled) from byte b_at of shared memory on, a multiple of 1,024
 """
 
 from numba import config

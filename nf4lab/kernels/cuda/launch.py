@@ -64,17 +64,37 @@ def signature(args):
 
 
 class Slots(threading.local):
-    """8 bytes for each argument of a kernel, an address or an int64, as the driver reads them: each thread's own."""
+    """8 bytes for each argument of a kernel, an address or an int64, as the driver reads them: each thread's own.
+
+    So are the configurations, by (grid, threads, shared_bytes), of kernels that are launched early.
+    """
 
     def __init__(self, count):
         self.values = (ctypes.c_int64 * count)()
         start = ctypes.addressof(self.values)
         self.pointers = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
         self.address = ctypes.addressof(self.pointers)
+        self.configurations = {}
+
+
+def early_launch(driver, grid, threads, shared_bytes):
+    """The configuration of a launch that need not wait for the kernel before it: programmatic dependent launch."""
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    configuration = driver.CUlaunchConfig()
+    configuration.gridDimX, configuration.gridDimY, configuration.gridDimZ = grid, 1, 1
+    configuration.blockDimX, configuration.blockDimY, configuration.blockDimZ = threads, 1, 1
+    configuration.sharedMemBytes = shared_bytes
+    configuration.attrs, configuration.numAttrs = [early], 1
+    return configuration
 
 
 class Loaded:
-    """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args)."""
+    """A compiled kernel in one device's memory; call it with (grid, threads, shared_bytes, args).
+
+    A kernel that waits for the one before it by itself (`kernel_before_done`) is launched early, where the GPU can.
+    """
 
     def __init__(self, kernel, args, device, max_registers):
         from cuda.bindings import driver
@@ -88,6 +108,8 @@ class Loaded:
             fresh.compile(signature(args))
             self.library = next(iter(fresh.overloads.values()))._codelibrary
             self.function = self.function_of(self.library.get_cufunc().handle)
+            waits = "kernel_before_done" in kernel.py_func.__code__.co_names
+            self.early = waits and torch.cuda.get_device_capability(device) >= (9, 0)
         self.slots, self.pack = Slots(len(args)), struct.Struct(f"{len(args)}q").pack_into
 
     def function_of(self, handle):
@@ -112,17 +134,28 @@ class Loaded:
         if current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self.start(grid, threads, shared_bytes, numbers)
-        slots = self.slots
-        self.pack(slots.values, 0, *numbers)
-        launch = self.driver.cuLaunchKernel
-        shape = grid, 1, 1, threads, 1, 1, shared_bytes, current_stream(self.device)
-        (error,) = launch(self.function, *shape, slots.address, 0)
+        self.pack(self.slots.values, 0, *numbers)
+        shape = grid, threads, shared_bytes
+        error = self.submit(shape)
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first use of CUDA
             check(self.driver.cuCtxSetCurrent(self.context), self.driver)
-            (error,) = launch(self.function, *shape, slots.address, 0)
+            error = self.submit(shape)
         if error:
             check((error,), self.driver)
         return None
+
+    def submit(self, shape):
+        """Launch with this thread's arguments, on torch's current stream; the driver's answer."""
+        driver, slots, stream = self.driver, self.slots, current_stream(self.device)
+        if not self.early:
+            grid, threads, shared_bytes = shape
+            how = grid, 1, 1, threads, 1, 1, shared_bytes, stream
+            return driver.cuLaunchKernel(self.function, *how, slots.address, 0)[0]
+        configuration = slots.configurations.get(shape)
+        if configuration is None:
+            configuration = slots.configurations[shape] = early_launch(driver, *shape)
+        configuration.hStream = stream
+        return driver.cuLaunchKernelEx(configuration, self.function, slots.address, 0)[0]
 
 
 def check(result, driver):

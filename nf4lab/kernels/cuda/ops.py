@@ -187,11 +187,11 @@ _quantize_op = define(
 )
 
 
-def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="v5"):
-    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 64 rows of x (..., k) and packed W of shape (n, k).
+def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, version="fastest"):
+    """y = x W^T + bias, of x's dtype and shape (..., n), for 1 to 128 rows of x (..., k) and packed W of shape (n, k).
 
     packed, absmax (plain or nested) and levels as in `dequantize`. Sums are float32. `fused` says which version takes
-    what; the tensor core kernels round the levels: v3 to float16, v4 and v5 to the dtype of x, so that a product may be
+    what; the tensor core kernels round the levels: v3 to float16, v4 to v6 to the dtype of x, so that a product may be
     off by 2^-11 of itself, with bfloat16 by 2^-8. v1 and v2 multiply in float32, more slowly.
 
     Raises TypeError or ValueError for a wrong dtype, count or number of rows, RuntimeError where there is no GPU.
@@ -199,7 +199,7 @@ def gemv(x, packed, absmax, levels, *, shape, block_size, bias=None, out=None, v
     n, k = shape
     device, rows = x.get_device(), x.numel() // k
     expect_block_size("block_size", block_size)
-    expect_version(version, fused.VERSIONS)
+    expect_version(version, (*fused.VERSIONS, "fastest"))
     if x.shape[-1] != k or not 1 <= rows <= fused.MOST_ROWS:
         raise ValueError(f"x must have 1 to {fused.MOST_ROWS} rows of {k}; got shape {tuple(x.shape)}")
     expect("x", x, FLOATS, rows * k, device)

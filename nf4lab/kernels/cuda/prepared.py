@@ -11,6 +11,7 @@ import torch
 from . import dequantize_kernels, fused
 from .checks import BYTE, FLOAT32, FLOATS, expect, expect_block_size, expect_nested
 from .crossover import rows_worth_it
+from .fused import most_rows
 from .launch import load, loaded_kernels
 
 
@@ -63,7 +64,7 @@ class PreparedGemv:
         names = ("packed", "absmax", "codes", "group_absmax", "offset", "code_map", "levels")
         self.weight = tuple(addresses.get(name, unused) for name in names)
         self.numbers = *shape, block_size.bit_length() - 1, max(group_size, 1).bit_length() - 1, int(group_size > 0)
-        self.rows = rows_worth_it(*shape, dtype, self.device)
+        self.rows = min(rows_worth_it(*shape, dtype, self.device), most_rows(shape[1], block_size, self.device))
         self.pieces = {}
 
     def __call__(self, x, bias, out, rows):
@@ -80,7 +81,7 @@ class PreparedGemv:
     def plan(self, rows):
         """The launches that this many rows take, loaded: (start, grid and so on, offsets of x and y, rows, numbers)."""
         (n, k), width = self.shape, self.dtype.itemsize
-        case = "v5", rows, n, k, self.block_size, self.dtype, self.device, self.weight[0] % 16 == 0
+        case = "fastest", rows, n, k, self.block_size, self.dtype, self.device, self.weight[0] % 16 == 0
         pieces = []
         for one in fused.launches(*case):
             kinds = (*GEMV_ARGUMENTS, *[int] * len(one.numbers))

@@ -364,6 +364,17 @@ def pair_at(typing, shared, word, byte, lane_bytes):
 
 
 @intrinsic
+def pair_selected(typing, shared, word, selector, lane_bytes):
+    def emit(context, builder, signature, args):
+        offset = inline_ptx(builder, "prmt.b32 $0, $1, $2, $3;", I32, [args[1], args[3], args[2]])
+        base = pointer_to(context, builder, shared, args[0], ir.IntType(8))
+        address = builder.gep(base, [builder.zext(offset, I64)])
+        return builder.load(builder.bitcast(address, I32.as_pointer(address.type.addrspace)), align=4)
+
+    return types.uint32(shared, types.uint32, types.uint32, types.uint32), emit
+
+
+@intrinsic
 def load16(typing, data, i, words, first):
     def emit(context, builder, signature, args):
         vector = vector_load(builder, at(context, builder, data, args[0], i, args[1], V4))
@@ -511,6 +522,44 @@ def copies_done(typing, under_way):
     return types.void(under_way), emit
 
 
+def to_the_grid(text):
+    """An intrinsic (): `text`, an instruction for whole launches, which Hopper has and older GPUs can do without."""
+
+    @intrinsic
+    def tell(typing):
+        def emit(context, builder, signature, args):
+            if compute_capability() >= (9, 0):
+                command(builder, text, "~{memory}", [])
+            return context.get_dummy_value()
+
+        return types.void(), emit
+
+    return tell
+
+
+kernel_before_done = to_the_grid("griddepcontrol.wait;")
+next_kernel_may_start = to_the_grid("griddepcontrol.launch_dependents;")
+
+
+@intrinsic
+def sync_threads(typing, number, count):
+    def emit(context, builder, signature, args):
+        number_32, count_32 = (context.cast(builder, args[j], signature.args[j], types.int32) for j in (0, 1))
+        command(builder, "bar.sync $0, $1;", "r,r,~{memory}", [number_32, count_32])
+        return context.get_dummy_value()
+
+    return types.void(number, count), emit
+
+
+@intrinsic
+def copies_seen(typing):
+    def emit(context, builder, signature, args):
+        command(builder, "fence.proxy.async.shared::cta;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
 @intrinsic
 def sync_warp(typing):
     def emit(context, builder, signature, args):
@@ -559,6 +608,51 @@ def multiply_tile(typing, x, sums, first, a0, a1, a2, a3, b0, b1):
 
     u32 = types.uint32
     return types.void(x, sums, first, u32, u32, u32, u32, u32, u32), emit
+
+
+SWIZZLED_ROWS = (
+    64 | 1 << 30
+)  # upper half of a matrix descriptor: 1,024 bytes from eight rows to eight, 128-byte swizzle
+
+
+def warpgroup_steps(count, name):
+    """PTX: products ($0…) = A (16 words a lane, after them) times B, whose descriptor's lower half is the last operand.
+
+    Four steps of 16 columns; each moves B's start by 32 bytes. The results are there when it ends.
+    """
+    sums = ", ".join(f"${k}" for k in range(4 * count))
+    lines = [
+        "{ .reg .pred fresh, on; .reg .b64 b; .reg .b32 low, high, zero;",
+        "mov.b32 zero, 0; setp.ne.b32 fresh, zero, 0; setp.eq.b32 on, zero, 0;",
+        f"mov.b32 high, {SWIZZLED_ROWS}; mov.b32 low, ${4 * count + 16}; wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        a = ", ".join(f"${4 * count + 4 * step + k}" for k in range(4))
+        shape, adds = f"m64n{8 * count}k16.f32.{name}.{name}", "on" if step else "fresh"
+        lines.append(f"mov.b64 b, {{low, high}}; add.u32 low, low, 2; wgmma.mma_async.sync.aligned.{shape}")
+        lines.append(f"{{{sums}}}, {{{a}}}, b, {adds}, 1, 1, 0;")
+    return " ".join([*lines, "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"])
+
+
+@intrinsic
+def multiply_by_warpgroup(typing, x, shared, products, a, b_at, eights):
+    if not isinstance(eights, types.IntegerLiteral):
+        return None
+    count = eights.literal_value
+
+    def emit(context, builder, signature, args):
+        at_16 = builder.lshr(builder.and_(args[4], ir.Constant(I32, 0x3FFFF)), ir.Constant(I32, 4))
+        low = builder.or_(at_16, ir.Constant(I32, 1 << 16))
+        fragments = words_of(context, builder, a, args[3], 16)
+        text = warpgroup_steps(count, "f16" if x.dtype == types.float16 else "bf16")
+        constraints = ",".join(["=&f"] * 4 * count + ["r"] * 17)
+        sums = command(builder, text, constraints, [*fragments, low], ir.LiteralStructType([F32] * 4 * count))
+        base = pointer_to(context, builder, products, args[2], F32)
+        for k in range(4 * count):
+            builder.store(builder.extract_value(sums, k), builder.gep(base, [ir.Constant(I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(x, shared, products, a, types.int32, eights), emit
 
 
 def on_barrier(text):

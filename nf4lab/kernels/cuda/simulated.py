@@ -147,6 +147,10 @@ def pair_at(shared, word, byte, lane_bytes):
     return shared[((int(word) >> 8 * byte & 255) * 256 + int(lane_bytes)) >> 2]
 
 
+def pair_selected(shared, word, selector, lane_bytes):
+    return pair_at(shared, word, int(selector) >> 4 & 3, lane_bytes)
+
+
 def _exchange(value):
     """The values that the lanes of this warp bring, by thread number: call it from every lane."""
     thread = threading.current_thread()
@@ -195,6 +199,23 @@ def copies_done(under_way):
 
 def sync_warp():
     _exchange(None)
+
+
+def kernel_before_done():
+    """One kernel after another here."""
+
+
+def next_kernel_may_start():
+    """One kernel after another here."""
+
+
+def sync_threads(number, count):
+    barriers = threading.current_thread()._manager.__dict__.setdefault("named_barriers", {})
+    barriers.setdefault(int(number), threading.Barrier(int(count))).wait(60)
+
+
+def copies_seen():
+    """Nobody looks at memory in another way here."""
 
 
 class Barrier:
@@ -278,6 +299,23 @@ def multiply_tile(x, sums, first, *fragments):
     c, (g, t) = a @ b, divmod(me % 32, 4)
     for n, place in enumerate([(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]):
         sums[first + n] += c[place]
+
+
+def multiply_by_warpgroup(x, shared, products, a, b_at, eights):
+    """Lane (g, t) of each warp brings A as four times for `multiply_tile`; B lies in shared memory.
+
+    Row n of B: 128 bytes at b_at + 128 n, its piece of 16 bytes p at place p ^ (n & 7).
+    """
+    me, _ = _exchange(None)
+    g, t = divmod(me % 32, 4)
+    memory = bytes_of(shared)
+    for eight in range(eights):
+        row = memory[int(b_at) + 128 * (8 * eight + g) :][:128].reshape(8, 16)
+        words = row[np.arange(8) ^ g].reshape(-1).view(np.uint32)
+        products[4 * eight : 4 * eight + 4] = 0
+        for step in range(4):
+            b = words[8 * step + t], words[8 * step + 4 + t]
+            multiply_tile(x, products, 4 * eight, *a[4 * step : 4 * step + 4], *b)
 
 
 def from_lane(value, lane):
