@@ -83,13 +83,33 @@ CASTING = {
     "SigLIP 2": ("Siglip2VisionModel", "Siglip2VisionConfig", SIGLIP2),
     "Swin v2": ("Swinv2ForImageClassification", "Swinv2Config", SWIN),
 }
+# Mixtures whose experts transformers keeps in three-dimensional parameters, each in a way of its own.
+ROUTED = dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
+              first_k_dense_replace=1)  # fmt: skip
+DEEPSEEK = ROUTED | dict(moe_intermediate_size=64, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
+                         qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)  # fmt: skip
+JAMBA = dict(num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+             expert_layer_offset=1, mamba_d_state=16, mamba_dt_rank=64, use_mamba_kernels=False)  # fmt: skip
+SHARED = dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64, decoder_sparse_step=1)
+NEXT = SHARED | dict(head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+                     linear_value_head_dim=16, num_hidden_layers=4)  # fmt: skip
+MIXTURES = {
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LLAMA | DEEPSEEK),
+    "GPT-OSS": ("GptOssForCausalLM", "GptOssConfig", LLAMA | EXPERTS | dict(num_local_experts=4, head_dim=16)),
+    "Jamba": ("JambaForCausalLM", "JambaConfig", LLAMA | JAMBA),
+    "OLMoE": ("OlmoeForCausalLM", "OlmoeConfig", LLAMA | EXPERTS | dict(num_experts=4)),
+    "PhiMoE": ("PhimoeForCausalLM", "PhimoeConfig", LLAMA | EXPERTS | dict(num_local_experts=4)),
+    "Qwen2-MoE": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", LLAMA | EXPERTS | SHARED),
+    "Qwen3-Next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", LLAMA | EXPERTS | NEXT),
+}
 # The others that tests name.
 OTHERS = {
     "Mamba": ("MambaForCausalLM", "MambaConfig", MAMBA),
     "Llama 4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
+    "RWKV": ("RwkvForCausalLM", "RwkvConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2)),
     "Falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
 }
-ALL = ARCHITECTURES | MORE | CASTING | OTHERS
+ALL = ARCHITECTURES | MORE | CASTING | MIXTURES | OTHERS
 
 
 def make(name, seed=0):

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("bitsandbytes")
 
-from architectures import ALL, ARCHITECTURES, MORE, inputs_of, make, outputs, plainly  # noqa: E402
+from architectures import ALL, ARCHITECTURES, MIXTURES, MORE, inputs_of, make, outputs, plainly  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the weights stay")
 FUSED = ("Mixtral", "Qwen3-MoE")
@@ -135,6 +135,26 @@ def test_a_folder_of_nf4labs_own_is_opened_by_nf4lab_its_experts_joined(tmp_path
             expected = torch.cat([nf4lab.quantize(p, **how).dequantize().flatten() for p in parts])
             assert torch.equal(layer.weight.flatten(), expected)
     assert len(layers) >= 8 and outputs(again).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_folder_with_its_experts_named_answers_as_the_model_quantized_in_memory(tmp_path, name):
+    model = make(name)
+    model.save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", include=["*", "*experts*"])
+    rows, again = nf4lab.quantize_model_(model), make(name, seed=1)
+    nf4lab.load_model_(again, tmp_path / "out")
+    assert sum("experts" in row.name for row in rows) >= 2 and rows.kept_share < 0.25
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_rwkv_which_divides_its_weights_in_place_is_refused_in_words_and_its_folder_is_right(bitsandbytes, tmp_path):
+    theirs, model = in_4_bits("RWKV", tmp_path / "in"), make("RWKV")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert torch.equal(outputs(plainly(type(model).from_pretrained(tmp_path / "out"))), outputs(theirs))
+    nf4lab.quantize_model_(model)
+    with pytest.raises(RuntimeError, match="what is written to it would be lost"):
+        outputs(model)
 
 
 @pytest.mark.parametrize("format", nf4lab.FORMATS)
