@@ -72,7 +72,7 @@ def minilm_matrices() -> dict[str, Tensor]:
     """The 39 weight matrices of all-MiniLM-L6-v2 by name: float32 (rows, columns), embeddings first, then by layer.
 
     Three embeddings and six layers of six matrices. Biases and norms are left out, as quantizers do, and so is the
-    pooler: the sentence model averages its tokens and never runs it.
+    pooler: the sentence model averages its tokens and drops what it gives.
     Source: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0).
     """
     weights = load_file(minilm_path())
