@@ -82,7 +82,7 @@ def rows_of(found: dict[str, Submission], job: Job, work, report: tables.Report,
     """
     digests = {name: tables.digest(name, one.data) for name, one in found.items()}
     done = report.done()
-    rows = [done[digests[name]] for name in found if digests[name] in done]
+    rows = [_as_handed_in(done[digests[name]], one) for name, one in found.items() if digests[name] in done]
     files = {name: one.data for name, one in found.items() if digests[name] not in done and one.data is not None}
     for name, one in found.items():
         if one.data is None and digests[name] not in done:
@@ -104,9 +104,15 @@ def rows_of(found: dict[str, Submission], job: Job, work, report: tables.Report,
 
 
 def _saved(row: dict, one: Submission, digest: str, report: tables.Report) -> dict:
-    row |= {"digest": digest, "late": one.late, "handed_in": one.notes, "notes": [*one.notes, *row["notes"]]}
+    row = _as_handed_in(row | {"digest": digest}, one)
     report.add(row)
     return row
+
+
+def _as_handed_in(row: dict, one: Submission) -> dict:
+    """The row with what is known of its files now, a roster's word on who is late included."""
+    own = [note for note in row["notes"] if note not in row.get("handed_in", ())]
+    return row | {"late": one.late, "handed_in": one.notes, "notes": [*one.notes, *own]}
 
 
 def stamp(job: Job) -> str:
@@ -170,10 +176,13 @@ def grade(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             sandbox.engine()
         roster = intake.read_roster(given.roster) if given.roster else None
         found = intake.submissions(given.folder)
+        listed = roster.find_all(found) if roster else {}
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         parser.error(str(error))
     if given.format != "csv" and roster is None:
         parser.error(f"--format {given.format} needs --roster: the students as that system exports them")
+    if roster:
+        roster.mark_late(found, listed)
     print(f"{given.lab}, seed {job.seed}: {len(found)} students")
     if not given.no_self_test and (wrong := selftest.failures(job)):
         print("self-test failed, so nothing was graded:", *wrong, sep="\n  ")
@@ -186,7 +195,6 @@ def grade(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     )
     rows = rows_of(found, job, work, report, given.table.with_name(f"{given.table.stem}-feedback"))
     tables.write_table(rows, given.table)
-    listed = roster.find_all(found) if roster else {}
     for row in rows:
         row["listed"] = listed.get(row["student"])
     summarize(rows, given.table, time.monotonic() - start)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+LATE = "handed in late"
 CANVAS = re.compile(r"(?P<name>[^_/]+)_(?P<late>LATE_)?(?P<id>\d+)_(?P<attempt>\d+)_(?P<file>.+)", re.IGNORECASE)
 # A folder's name ends in what Moodle adds; a file's goes on with what the student called it, so there the first counts.
 MOODLE_FOLDER = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?P<kind>[a-z]+)_?")
@@ -82,6 +83,15 @@ class Roster:
                 return found[0]
         return None
 
+    def mark_late(self, submissions: dict[str, Submission], listed: dict[str, dict[str, str] | None]) -> None:
+        """Flag those that Moodle's worksheet calls late: "Submitted for grading - 1 day late"."""
+        status = self.column("status")
+        for name, row in listed.items():
+            one = submissions[name]
+            if status and row and re.search(r"\blate$", row[status].strip(), re.IGNORECASE) and not one.late:
+                one.late = True
+                one.notes.append(LATE)
+
     def name(self, row: dict[str, str]) -> str:
         """What a row's student is called."""
         head = self.column(*NAMES)
@@ -143,7 +153,7 @@ def submissions(folder: Path) -> dict[str, Submission]:
     for one in found.values():
         n = sum(name.lower().endswith(".ipynb") for name in one.files)
         one.notes = [f"{n} notebooks handed in; the newest counts: {one.notes[0][8:]}"] if n > 1 and one.notes else []
-        one.notes += ["handed in late"] * one.late
+        one.notes += [LATE] * one.late
     return _by_name(found.values())
 
 

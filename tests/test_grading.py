@@ -565,6 +565,18 @@ def test_what_the_grader_fails_on_is_tried_once_more_and_by_the_next_run(job, tm
     assert "not graded yet" not in (tmp_path / "pages" / "bo.html").read_text()
 
 
+def test_a_row_of_an_earlier_run_is_late_where_a_roster_that_came_later_says_so(job, tmp_path):
+    one = intake.Submission("ada", data=OTHER, files=["a"], notes=["2 notebooks handed in"])
+    report = tables.Report(tmp_path / "report.jsonl", "stamp")
+    work = lambda files: iter([judge.Conversation(job).row() | {"student": name, "seconds": 0.0} for name in files])  # noqa: E731
+    for late in (False, True):
+        if late:
+            roster = intake.Roster(["Full name", "Status"], [{"Full name": "Ada", "Status": "Submitted - 2 days late"}])
+            roster.mark_late({"ada": one}, roster.find_all({"ada": one}))
+        (row,) = grade.rows_of({"ada": one}, job, work, report, tmp_path / "pages")
+        assert row["late"] == late and row["notes"] == ["2 notebooks handed in", intake.LATE][: 1 + late]
+
+
 def test_no_table_has_a_0_for_what_the_grader_failed_on(job, tmp_path):
     row = judge.not_graded("ada", job, "tired") | {"handed_in": []}
     write_all([row], tmp_path / "grades.csv")

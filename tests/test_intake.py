@@ -151,6 +151,9 @@ def test_a_course_of_forty_from_moodle_and_back(tmp_path, layout):
     roster = intake.read_roster(tmp_path / "worksheet.csv")
     assert len(found) == 39 and len(roster.rows) == 40
     assert sum("2 notebooks" in note for one in found.values() for note in one.notes) == 3
+    roster.mark_late(found, roster.find_all(found))
+    late = {one.student for one in found.values() if one.late and intake.LATE in one.notes}
+    assert late == {f"{first} {last}" for first, last, _ in PEOPLE[4:6]}
     rows = graded(found, roster)
     assert all(row["listed"] for row in rows)
     lines = written("moodle", rows, roster, tmp_path)
