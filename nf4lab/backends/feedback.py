@@ -95,10 +95,10 @@ def quantize(
     codes, kept = [], []
     encode = {None: _encode, "cpu": _encode_on_the_cpu, "cuda": _encode_on_a_gpu}[kernel]
     search = functools.partial(cpu.search, format=format, block_size=block_size) if kernel == "cpu" else None
-    at_once = max(1, UNSHARED // block_size) if kernel == "cpu" else max(1, rows)
+    at_once = max(1, UNSHARED // block_size) if kernel == "cpu" else max(1, rows)  # rows whose constants are made
     for start in range(0, columns, block_size):
         here, rest = slice(start, start + block_size), slice(start + block_size, columns)
-        block = left[:, here]
+        block = left[:, here] if kernel == "cpu" else left[:, here].contiguous()
         pieces = block.split(at_once)
         constants = Constants.joined([Constants.of(piece, format, tensor_scale, search) for piece in pieces])
         code, error = encode(block, factor[here, here].contiguous(), format, constants)
@@ -139,6 +139,8 @@ class Constants(NamedTuple):
     @classmethod
     def joined(cls, parts: list["Constants"]) -> "Constants":
         """Those of rows one below the other."""
+        if len(parts) == 1:
+            return parts[0]
         pairs = (zip(*pairs, strict=True) for pairs in zip(*parts, strict=True))
         return cls(*(tuple(None if c[0] is None else torch.cat(c) for c in columns) for columns in pairs))
 
@@ -169,7 +171,7 @@ def _encode_on_a_gpu(block: Tensor, factor: Tensor, format: Format, constants: C
     """`_encode` by numba.cuda."""
     from nf4lab.kernels.cuda import feedback_kernels
 
-    block, pairs = block.contiguous(), _with_zeros(constants)
+    pairs = _with_zeros(constants)
     return feedback_kernels.encode_block(block, factor, format.tables(block.device), *pairs, format.signed_zero)
 
 
