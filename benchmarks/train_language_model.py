@@ -135,7 +135,8 @@ def train(folder: Path, out: Path, seconds: float, steps: int, rows: int, compil
     whole = tokens["train"][: len(tokens["train"]) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
     again = round(held_out_loss(model, whole[:: max(1, len(whole) // 1000)].flatten(), rows), 4)
     save(model, folder, out, {
-        "command": f"train_language_model.py train FOLDER OUT --seconds {seconds:g} --steps {steps} --rows {rows}",
+        "command": f"train_language_model.py train FOLDER OUT --seconds {seconds:g} --steps {steps} --rows {rows}"
+        + " --compile" * compiled,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "torch": torch.__version__, "steps": step, "seconds": round(spent, 1),
         "tokens_seen": step * rows * CONTEXT, "tokens_of_text": len(tokens["train"]), "held_out_loss": held_out,

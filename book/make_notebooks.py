@@ -62,6 +62,15 @@ def notebook_of(chapter: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def handout_of(chapter: Path) -> nbformat.NotebookNode:
+    """The chapter's notebook without the solutions of its exercises: neither their prose nor their code."""
+    notebook = notebook_of(chapter)
+    notebook.cells = [cell for cell in notebook.cells if "hide-cell" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        cell.source = re.sub(r'\n*<details class="solution">.*?</details>', "", cell.source, flags=re.DOTALL)
+    return notebook
+
+
 def metadata_for_colab(notebook: nbformat.NotebookNode) -> dict:
     """What a made notebook says of itself; a GPU is asked for only where its source does."""
     return {
@@ -93,7 +102,12 @@ def split_title(cells: list) -> list:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a notebook is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--handout", type=Path, metavar="CHAPTER", help="print its notebook without solutions; no more")
+    arguments = parser.parse_args()
+    if arguments.handout:
+        print(nbformat.writes(handout_of(arguments.handout)))
+        return 0
+    check = arguments.check
     stale = []
     for chapter in chapters():
         target, text = chapter.with_suffix(".ipynb"), nbformat.writes(notebook_of(chapter)) + "\n"

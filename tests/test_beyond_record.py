@@ -112,8 +112,10 @@ def test_what_the_page_says_of_the_language_model():
         return damage("language model", column, method)
 
     assert min(of("rotated")) < max(of("nearest")) and max(of("rotated")) > min(of("nearest"))
-    assert max(of("rotated, corrected")) < min(of("corrected"))
-    assert max(of("learned, a table a row")) < min(of("searched"))
+    for signed in ("", ", bof4-s"):
+        fixed, both = f"corrected{signed}", f"rotated, corrected{signed}"
+        assert ahead(of(both), of(fixed)) and not ahead(of(both, "Flask"), of(fixed, "Flask"))
+    assert all(ahead(of("learned, a table a row", on), of("searched", on)) for on in ("manuals", "Flask"))
     for column in ("manuals", "Flask"):
         for nf4, bof4s in pairs():
             assert max(of(bof4s, column)) < min(of(nf4, column))

@@ -53,6 +53,19 @@ def test_no_directive_of_the_book_shows_in_a_notebook(chapter):
     assert not re.search(r"^\s*(```\{|:::|\(\w[\w-]*\)=)|\{[a-z:]+\}`", prose, re.MULTILINE)
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS[1:], ids=lambda path: path.stem)
+def test_a_handout_has_the_exercises_of_its_chapter_and_no_solution(chapter):
+    handout, whole = make_notebooks.handout_of(chapter), make_notebooks.notebook_of(chapter)
+    nbformat.validate(handout)
+    text, of_whole = ("\n".join(cell.source for cell in of.cells) for of in (handout, whole))
+    exercises = re.findall(r"^\*\*\d\. .+$", of_whole, re.MULTILINE)
+    assert len(exercises) >= 2 and re.findall(r"^\*\*\d\. .+$", text, re.MULTILINE) == exercises
+    for prose in re.findall(r'<details class="solution">(.*?)</details>', of_whole, re.DOTALL):
+        assert prose.strip() not in text
+    assert not [cell for cell in handout.cells if "hide-cell" in cell.metadata.get("tags", [])]
+    assert "solution" not in re.findall(r'<details class="(\w+)">', text)
+
+
 def test_home_rewrites_the_address_everywhere(tmp_path):
     clone = tmp_path / "fork"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
