@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -182,16 +183,41 @@ def test_correcting_improves_the_outputs_of_all_layers_but_one():
             assert sum(a > b for a, b in zip(way, nearest, strict=True)) == spared
 
 
+ON_A_GPU = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200-beyond.json").read_text())
+
+
 def test_what_the_page_says_of_one_large_layer_is_in_the_record_of_a_gpu():
-    record = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200-beyond.json").read_text())
-    of = {(r["by"], r["what"]): r for r in record["records"] if r["operation"] == "feedback"}
-    (both,) = [r for r in record["records"] if r["operation"] == "feedback, both"]
+    of = {(r["by"], r["what"]): r for r in ON_A_GPU["feedback"]["records"] if r["operation"] == "feedback"}
+    (both,) = [r for r in ON_A_GPU["feedback"]["records"] if r["operation"] == "feedback, both"]
     here, there = of["cpu", "layer"], of["cuda", "layer"]["median"]
-    assert record["device"] == "NVIDIA H200" and both["codes that differ"] == 0
+    assert both["codes that differ"] == 0
     took = f"correcting takes {there:.3f} s on an H200 and {here['median']:.1f} s on {here['threads']} cores beside it"
     assert took in PAGE and there < 1 and here["median"] < 10
     megabytes = [8 * width**2 / 1e6 for width in (4096, 14336)]  # float64
     assert f"{megabytes[0]:.0f} MB for 4,096 inputs, {megabytes[1] / 1000:.1f} GB for 14,336" in PAGE
+
+
+def test_every_part_of_the_records_says_where_it_comes_from():
+    assert list(ON_A_GPU) == list(beyond.PARTS["cuda"]) and set(beyond.PARTS["cpu"]) < set(RECORD)
+    parts = [*ON_A_GPU.values(), *(RECORD[part] for part in beyond.PARTS["cpu"] if part != "seconds")]
+    assert all(re.fullmatch("[0-9a-f]{40}", part["provenance"]["commit"]) for part in parts)
+    assert {part["provenance"]["device"] for part in ON_A_GPU.values()} == {"NVIDIA H200"}
+    assert re.fullmatch("[0-9a-f]{40}", RECORD["commit"])  # of "seconds": of a program that kept one for all parts
+
+
+def test_every_method_makes_a_large_layer_in_ten_seconds_of_two_cores_and_one_of_a_gpu():
+    for record, most in ((RECORD, 10), (ON_A_GPU, 1)):
+        cost = record["each method"]
+        assert list(cost["methods"]) == list(beyond.METHODS)
+        assert all(max(method["seconds"]) < most for method in cost["methods"].values())
+    assert RECORD["each method"]["threads"] == 2 and RECORD["each method"]["provenance"]["device"].endswith(" 2 cores")
+    rows = [
+        f"| {name} | {statistics.median(here['seconds']):.2f} | {1000 * statistics.median(there['seconds']):.3g} | "
+        f"{here['bytes'] / 1e6:.0f} | {there['bytes'] / 1e6:.0f} |"
+        for (name, here), there in zip(
+            RECORD["each method"]["methods"].items(), ON_A_GPU["each method"]["methods"].values(), strict=True)
+    ]  # fmt: skip
+    assert "\n".join(rows) in PAGE
 
 
 def test_what_the_page_says_of_starts_is_in_their_record():

@@ -119,6 +119,19 @@ def test_what_cannot_be_a_hessian_is_refused(case, hessian, error, message):
         nf4lab.quantize(case[0], hessian=hessian)
 
 
+@pytest.mark.parametrize(
+    ("hessian", "got"),
+    [
+        (torch.eye(128).to_sparse(), "torch.sparse_coo, torch.float32"),
+        (torch.empty(128, 128, device="meta"), "without data"),
+        (torch.eye(128).to(torch.float8_e4m3fn), "torch.strided, torch.float8_e4m3fn"),
+    ],
+)
+def test_a_hessian_that_cannot_be_computed_with_is_refused(case, hessian, got):
+    with pytest.raises(TypeError, match=f"hessian must be a dense tensor of at least 16 bits; got one {got}"):
+        nf4lab.quantize(case[0], hessian=hessian)
+
+
 def singular(case):
     """The second moments of fewer inputs than columns: two that always meet, and one that never occurs."""
     x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
@@ -248,6 +261,31 @@ def test_no_batch_and_inputs_that_are_not_finite_are_refused():
     assert not model[0]._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (torch.ones(4, 2), r"torch.float32 \(4, 2\)"), (torch.ones(4, 3).long(), r"torch.int64 \(4, 3\)"),
+        (None, "NoneType"), ([1.0, 2.0], "list"), (torch.tensor(1.0), r"torch.float32 \(\)"),
+    ],
+)  # fmt: skip
+def test_what_no_linear_layer_takes_is_refused_by_its_name(batch, got):
+    with pytest.raises(ValueError, match=rf"layer '0' takes a floating-point \(…, 3\); it was given {got}"):
+        calibrate(nn.Sequential(nn.Linear(3, 2)), [batch])
+
+
+def test_inputs_whose_squares_overflow_and_what_is_no_model_and_no_batches_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="layer '0' was given an input that is not finite, or above 1e"):
+        calibrate(model, [torch.full((1, 3), 1e30)])
+    for nothing in (5, None):
+        with pytest.raises(
+            TypeError, match=f"batches must be an iterable of batches; got one {type(nothing).__name__}"
+        ):
+            calibrate(model, nothing)
+        with pytest.raises(TypeError, match=f"model must be a torch.nn.Module; got {type(nothing).__name__}"):
+            calibrate(nothing, [torch.ones(1, 3)])
+
+
 def test_the_output_error_is_that_of_the_outputs():
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(5, 8, generator=generator).double(), torch.randn(100, 8, generator=generator).double()
@@ -264,6 +302,20 @@ def test_the_output_error_of_another_shape_is_refused(case):
 def test_scales_of_weights_that_come_back_as_no_numbers_are_refused(case):
     with pytest.raises(ValueError, match="not finite, whatever the scales"):
         activation_scales(*case, lambda w: w * torch.nan)
+
+
+def test_scales_of_weights_that_come_back_in_another_shape_are_refused(case):
+    with pytest.raises(ValueError, match=r"rounded must keep the shape \(24, 128\); it gave \(2, 128\)"):
+        activation_scales(*case, lambda w: w[:2])
+
+
+def test_scales_of_a_large_matrix_are_chosen_on_rows_from_all_over_it(case):
+    seen = []
+    w = torch.arange(4000.0)[:, None].expand(-1, 128)
+    activation_scales(w, case[1], lambda w: seen.append(w) or w)
+    rows = (seen[0][:, 0] / seen[0][0].abs().max().clamp_min(1)).tolist()
+    assert len(seen[0]) == 1536 and seen[0][0, 0] == 0 and rows == sorted(rows)
+    assert seen[0][-1, 0] == 3999  # alpha = 0: no scaling
 
 
 def test_scales_lower_the_output_error_where_some_inputs_are_large():

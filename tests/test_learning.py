@@ -106,6 +106,58 @@ def test_a_block_size_that_does_not_divide_is_refused(learn, block_size):
         learn(torch.ones(2, 64), block_size)
 
 
+@pytest.mark.parametrize("learn", [learn_format, learn_rows])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"w": [1.0]}, TypeError, r"w must be a torch\.Tensor; got list"),
+        ({"importance": [1.0] * 64}, TypeError, r"importance must be a torch\.Tensor; got list"),
+        ({"block_size": "64"}, TypeError, "block_size must be an int; got '64'"),
+        ({"block_size": 64.0}, TypeError, r"block_size must be an int; got 64\.0"),
+        ({"n_levels": "16"}, TypeError, "n_levels must be an int; got '16'"),
+        ({"n_levels": 1}, ValueError, "n_levels must be from 2 to 256, which a byte can number; got 1"),
+        ({"n_levels": 300}, ValueError, "got 300"),
+        ({"w": torch.full((2, 64), 3e38)}, ValueError, "more than float32 has: scale it down"),
+    ],
+)
+def test_learning_refuses_what_it_cannot_learn_from_or_number(learn, changes, error, message):
+    with pytest.raises(error, match=message):
+        learn(**{"w": torch.ones(2, 64), "block_size": 64} | changes)
+
+
+def test_no_row_has_no_table():
+    assert learn_rows(torch.ones(0, 64), 64).dequantize().shape == (0, 64)
+
+
+def test_the_words_of_points_are_those_of_the_least_distance():
+    generator = torch.Generator().manual_seed(0)
+    points, words = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (1000, 20))
+    assert torch.equal(nearest_words(points, words, at_once=300), torch.cdist(points, words).argmin(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("points", "words", "message"),
+    [
+        (torch.ones(3, 2), torch.ones(4, 3), r"got \(3, 2\) torch\.float32 and \(4, 3\) torch\.float32"),
+        (torch.ones(3, 2), torch.ones(0, 2), r"and \(0, 2\)"),
+        (torch.ones(3, 2).half(), torch.ones(4, 2), r"got \(3, 2\) torch\.float16 and"),
+        (torch.full((3, 2), torch.nan), torch.ones(4, 2), "points must be finite"),
+    ],
+)
+def test_points_without_a_nearest_word_are_refused(points, words, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_words(points, words)
+
+
+def test_words_are_not_made_from_nothing():
+    with pytest.raises(TypeError, match=r"points must be a torch\.Tensor; got list"):
+        vector_codebook([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="finite points, and at least one word; got n_words = 0"):
+        vector_codebook(torch.ones(4, 2), 0)
+    with pytest.raises(ValueError, match="words take finite points"):
+        vector_codebook(torch.full((300, 2), torch.nan))
+
+
 def test_words_for_pairs_beat_levels_on_normal_weights_and_stay_above_the_limit():
     generator = torch.Generator().manual_seed(0)
     train, fresh = torch.randn(20_000, 2, generator=generator), torch.randn(50_000, 2, generator=generator)
@@ -226,9 +278,31 @@ def test_adapters_start_where_the_error_is(w, init, double_quant):
     assert torch.allclose(model(x), x @ layer.merge().weight.T + originals["0.bias"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["zero", "loftq", "pissa"])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"alpha": 0}, ValueError, "alpha must be positive and finite: an adapter counts alpha / rank; got 0"),
+        ({"alpha": -4.0}, ValueError, r"got -4\.0"),
+        ({"alpha": float("nan")}, ValueError, "got nan"),
+        ({"rank": 2.5}, TypeError, r"rank must be an int; got 2\.5"),
+        ({"rank": "8"}, TypeError, "rank must be an int; got '8'"),
+        ({"originals": "weights.safetensors"}, TypeError, "originals must map names to weights, .*; got str"),
+    ],
+)
+def test_an_adapter_that_counts_nothing_or_no_number_leaves_the_model_as_it_was(init, changes, error, message):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 16))
+    originals = {name: value.clone() for name, value in model.state_dict().items()}
+    nf4lab.quantize_model_(model)
+    with pytest.raises(error, match=message):
+        nf4lab.add_lora_(model, **{"init": init, "originals": originals} | changes)
+    assert isinstance(model[0], nf4lab.Linear4bit) and model[0].bias.requires_grad
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"init": "pissa", "originals": {"0.weight": [[1.0]]}}, r"got \('list',\)"),
         ({"init": "gaussian"}, "init must be 'zero', 'loftq', 'pissa'; got 'gaussian'"),
         ({"init": "loftq"}, r"needs an original '0.weight' of shape \(16, 256\); got none"),
         ({"init": "pissa", "originals": {"0.weight": torch.ones(2, 2)}}, r"got \(2, 2\)"),

@@ -105,6 +105,16 @@ def test_integers_lists_and_single_numbers_are_refused():
         hadamard(torch.tensor(1.0))
 
 
+def test_sparse_and_8_bit_inputs_signs_in_a_list_and_what_is_no_layer_are_refused():
+    for x in (torch.eye(8).to_sparse(), torch.ones(8).to(torch.float8_e4m3fn)):
+        with pytest.raises(TypeError, match="x must be a dense tensor of at least 16 bits; got torch"):
+            hadamard(x)
+    with pytest.raises(TypeError, match=r"signs must be a torch\.Tensor; got list"):
+        rotate(torch.ones(2, 4), [1.0] * 4)
+    with pytest.raises(TypeError, match=r"layer must be a torch\.nn\.Linear; got Conv1d"):
+        RotatedLinear.from_linear(torch.nn.Conv1d(2, 2, 1))
+
+
 @pytest.mark.parametrize("order", [0, -4, 3, 92])
 def test_a_matrix_that_is_not_known_is_refused(order):
     with pytest.raises(ValueError, match=f"no construction of a Hadamard matrix of order {order} is known here"):

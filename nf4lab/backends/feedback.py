@@ -35,6 +35,9 @@ def check_hessian(hessian: Tensor, w: Tensor) -> Tensor:
         raise TypeError(f"hessian must be a floating-point torch.Tensor; got {got}")
     if w.dim() != 2:
         raise ValueError(f"a hessian belongs to a matrix (out, in); got weights of shape {tuple(w.shape)}")
+    if hessian.layout != torch.strided or hessian.is_meta or hessian.element_size() < 2:
+        what = "without data" if hessian.is_meta else f"{hessian.layout}, {hessian.dtype}"
+        raise TypeError(f"hessian must be a dense tensor of at least 16 bits; got one {what}")
     wanted = (w.shape[1], w.shape[1])
     if hessian.shape != wanted:
         raise ValueError(f"weights of shape {tuple(w.shape)} take a hessian {wanted}; got {tuple(hessian.shape)}")

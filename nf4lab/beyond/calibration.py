@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear
 
+LARGEST = 1e18  # float32 has its square
+
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exclude: Choice = ()) -> dict[str, Tensor]:
@@ -22,19 +24,26 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
     ones, anything else as the one argument. The model runs as it is: in eval mode where it should. Sums are made in
     float64 batch by batch. include, exclude: as for `nf4lab.quantize_model_`. A layer that saw nothing is left out.
 
-    Raises TypeError for one batch in place of an iterable of them, ValueError where no layer is chosen, where there is
-    no batch, and, naming the layer, for an input that is not finite.
+    Raises TypeError for a model that is none and for one batch in place of an iterable of them, ValueError where no
+    layer is chosen, where there is no batch, and, naming the layer, for an input that is not a floating-point tensor as
+    wide as it, is not finite, or above 1e18, whose square float32 has.
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it in a list")
     names = {id(model.get_submodule(n[0])): n[0] for n in choose_layers(model, is_plain_linear, include, exclude)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def see(layer: nn.Module, inputs: tuple) -> None:
-        name, x = names[id(layer)], inputs[0].detach().reshape(-1, layer.in_features).float()
-        if not x.isfinite().all():
-            raise ValueError(f"layer {name!r} was given an input that is not finite")
+        name, x = names[id(layer)], inputs[0]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (layer.in_features,):
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"layer {name!r} takes a floating-point (…, {layer.in_features}); it was given {got}")
+        x = x.detach().reshape(-1, layer.in_features).float()
+        if not x.isfinite().all() or x.numel() and x.abs().max() > LARGEST:
+            raise ValueError(f"layer {name!r} was given an input that is not finite, or above {LARGEST:.2g}")
         if name not in sums:
             sums[name], counts[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64), 0
         sums[name] += x.T @ x  # in place: a matrix as wide as the layer is costlier to make than to add to

@@ -24,10 +24,11 @@ def learn_format(
     """An absmax format with the levels of least squared error that Lloyd's algorithm finds for w, from NF4's.
 
     importance: float (in,) or of w's shape, what a squared error counts; None for 1. The levels are one table for the
-    whole of w. Raises ValueError for weights or importance that are not finite, importance that is negative or of
-    another shape, and a block_size that does not divide the weights.
+    whole of w. Raises TypeError for what is no tensor, ValueError for weights or importance that are not finite or too
+    large, importance that is negative or of another shape, a block_size that does not divide the weights, and n_levels
+    not from 2 to 256.
     """
-    normalized, weight, _ = _points(w, block_size, importance)
+    normalized, weight, _ = _points(w, block_size, importance, n_levels)
     levels = k_means(normalized.reshape(1, -1), weight.reshape(1, -1), _start(n_levels, w.device))
     return Format(name, levels[0].cpu(), block_size=block_size)
 
@@ -59,18 +60,19 @@ class RowTables:
 def learn_rows(w: Tensor, block_size: int = 64, importance: Tensor | None = None, n_levels: int = 16) -> RowTables:
     """w (out, in) with a table a row: Lloyd's algorithm on each row's own weights, from NF4's levels.
 
-    importance: as for `learn_format`. Raises ValueError as that, and where block_size does not divide the columns.
+    importance: as for `learn_format`. Raises as that, and ValueError where block_size does not divide the columns.
     """
+    _check_learned(w, block_size, importance, n_levels)
     if w.dim() != 2 or block_size < 1 or w.shape[1] % block_size:
         raise ValueError(
             f"a table a row takes a matrix whose columns block_size divides; got {tuple(w.shape)}, {block_size}"
         )
-    normalized, weight, absmax = _points(w, block_size, importance)
+    normalized, weight, absmax = _points(w, block_size, importance, n_levels)
     normalized, weight = normalized.reshape(w.shape), weight.reshape(w.shape)
     tables = k_means(normalized, weight, _start(n_levels, w.device).expand(len(w), -1)).half()
     boundaries = (tables.float()[:, 1:] + tables.float()[:, :-1]) / 2
     codes = torch.searchsorted(boundaries, normalized.contiguous()).byte()
-    return RowTables(codes, tables, absmax.reshape(len(w), -1))
+    return RowTables(codes, tables, absmax.reshape(len(w), w.shape[1] // block_size))
 
 
 def k_means(points: Tensor, weight: Tensor, levels: Tensor, steps: int = STEPS) -> Tensor:
@@ -101,8 +103,20 @@ def _start(n_levels: int, device: torch.device) -> Tensor:
     return levels.to(device)[None]
 
 
-def _points(w: Tensor, block_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _check_learned(w: Tensor, block_size: int, importance: Tensor | None, n_levels: int) -> None:
+    for name, value in {"w": w, "importance": importance}.items():
+        if not isinstance(value, Tensor) and (name == "w" or value is not None):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    for name, value in {"block_size": block_size, "n_levels": n_levels}.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int; got {value!r}")
+    if not 2 <= n_levels <= 256:
+        raise ValueError(f"n_levels must be from 2 to 256, which a byte can number; got {n_levels}")
+
+
+def _points(w: Tensor, block_size: int, importance: Tensor | None, n_levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised weights and what their squared errors count, (n_blocks, block_size) each, and absmax (n_blocks,)."""
+    _check_learned(w, block_size, importance, n_levels)
     x = w.detach().float()
     if importance is not None and importance.shape not in (x.shape, x.shape[-1:]):
         raise ValueError(f"weights {tuple(x.shape)} take importance of that shape or of their last side; "
@@ -115,16 +129,24 @@ def _points(w: Tensor, block_size: int, importance: Tensor | None) -> tuple[Tens
     blocks = x.reshape(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
     normalized = torch.where(absmax[:, None] > 0, blocks / absmax[:, None], 0.0)
-    return normalized, counts.reshape(-1, block_size) * absmax[:, None].square(), absmax
+    weight = counts.reshape(-1, block_size) * absmax[:, None].square()
+    if not weight.isfinite().all():
+        raise ValueError("importance times the square of the largest weights is more than float32 has: scale it down")
+    return normalized, weight, absmax
 
 
 def vector_codebook(points: Tensor, n_words: int = 256, seed: int = 0, steps: int = 50) -> Tensor:
     """Code words for vectors, by scikit-learn's k-means: float32 (n_words, dim).
 
-    points: float (n, dim). 256 words for pairs are 4 bits per weight. Raises ValueError for fewer points than words.
+    points: float (n, dim). 256 words for pairs are 4 bits per weight. Raises TypeError for what is no tensor, ValueError
+    for points that are not finite, no word, and fewer points than words.
     """
     from sklearn.cluster import KMeans
 
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a torch.Tensor; got {type(points).__name__}")
+    if not points.isfinite().all() or n_words < 1:
+        raise ValueError(f"words take finite points, and at least one word; got n_words = {n_words}")
     if points.dim() != 2 or len(points) < n_words:
         raise ValueError(f"{n_words} words take at least as many points (n, dim); got {tuple(points.shape)}")
     found = KMeans(n_words, n_init=1, max_iter=steps, random_state=seed).fit(points.double().cpu().numpy())
@@ -132,5 +154,16 @@ def vector_codebook(points: Tensor, n_words: int = 256, seed: int = 0, steps: in
 
 
 def nearest_words(points: Tensor, words: Tensor, at_once: int = 2**14) -> Tensor:
-    """The number of the nearest word, point by point: int64 (n,) for points (n, dim) and words (n_words, dim)."""
-    return torch.cat([torch.cdist(some, words).argmin(dim=1) for some in points.split(at_once)])
+    """The number of the nearest word, point by point: int64 (n,) for points (n, dim) and words (n_words, dim).
+
+    Raises ValueError for other shapes, no word, two dtypes, and points that are not finite.
+    """
+    if points.dim() != 2 or not len(words) or points.shape[1:] != words.shape[1:] or points.dtype != words.dtype:
+        raise ValueError(
+            f"points (n, dim) take words (n_words, dim) of their dtype; got {tuple(points.shape)} {points.dtype} and "
+            f"{tuple(words.shape)} {words.dtype}"
+        )
+    if not points.isfinite().all():
+        raise ValueError("points must be finite: what is not has no nearest word")
+    half_squares = words.square().sum(dim=1) / 2  # |p - v|^2 = |p|^2 - 2 (p v - |v|^2 / 2), and |p| is the same for all
+    return torch.cat([torch.addmm(-half_squares, some, words.T).argmax(dim=1) for some in points.split(at_once)])

@@ -39,6 +39,8 @@ def hadamard(x: Tensor, inverse: bool = False) -> Tensor:
 def _check(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point torch.Tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.layout != torch.strided or x.element_size() < 2:
+        raise TypeError(f"x must be a dense tensor of at least 16 bits; got {x.layout}, {x.dtype}")
     if not x.dim():
         raise ValueError("x must have a last dimension to rotate; got a single number")
     factor(x.shape[-1])
@@ -210,6 +212,8 @@ def unrotate(x: Tensor, signs: Tensor) -> Tensor:
 
 def _signs_of(x: Tensor, signs: Tensor) -> Tensor:
     _check(x)
+    if not isinstance(signs, Tensor):
+        raise TypeError(f"signs must be a torch.Tensor; got {type(signs).__name__}")
     if signs.shape != x.shape[-1:]:
         raise ValueError(f"x of shape {tuple(x.shape)} takes as many signs as its last side; got {tuple(signs.shape)}")
     return signs.detach().to(x.device)
@@ -232,6 +236,8 @@ class RotatedLinear(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Linear, *args, seed: int = 0, **kwargs) -> "RotatedLinear":
         """The layer with its weight rotated, then quantized: arguments as for `Linear4bit.from_linear`."""
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"layer must be a torch.nn.Linear; got {type(layer).__name__}")
         signs = random_signs(layer.in_features, seed).to(layer.weight.device)
         rotated = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         rotated.weight = nn.Parameter(rotate(layer.weight.detach(), signs), requires_grad=False)

@@ -25,7 +25,7 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
     rounded: from weights to what they are decoded to, such as lambda w: nf4lab.quantize(w).dequantize().
     alpha = 0, no scaling, is tried too, so nothing is lost on the inputs that made the hessian; of more than 1,536 rows
     that many judge, evenly spaced. s has a geometric mean of 1 over its range, sqrt(max s * min s). Raises as
-    `check_hessian`, and ValueError where no alpha gives an error that is a number.
+    `check_hessian`, and ValueError where rounded changes the shape or no alpha gives an error that is a number.
     """
     hessian = check_hessian(hessian, w).float()
     mean_square = hessian.diagonal()
@@ -35,7 +35,10 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
     for alpha in ALPHAS:
         scales = mean_square ** (alpha / 2)
         scales = scales / (scales.max() * scales.min()).sqrt()
-        e = rounded(some * scales) / scales - some
+        decoded = rounded(some * scales)
+        if decoded.shape != some.shape:
+            raise ValueError(f"rounded must keep the shape {tuple(some.shape)}; it gave {tuple(decoded.shape)}")
+        e = decoded / scales - some
         error = ((e @ hessian) * e).sum()
         if error < least:
             best, least = (scales, alpha), error

@@ -29,7 +29,8 @@ class LoRALinear(nn.Module):
     +-1/sqrt(in_features); lora_B: (out_features, rank), zeros, so that training starts at the base. Both as in PEFT.
     dtype: that of the adapter, and of its arithmetic; the result has the dtype of the base's.
 
-    Raises TypeError for another base, ValueError unless rank is positive and 0 <= dropout < 1.
+    Raises TypeError for another base and a rank that is no int, ValueError unless rank and alpha are positive, alpha is
+    finite, and 0 <= dropout < 1.
     """
 
     def __init__(self, base: Linear4bit | nn.Linear, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
@@ -37,8 +38,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not _can_adapt(base):
             raise TypeError(f"base must be a Linear4bit or a torch.nn.Linear; got {type(base).__name__}")
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"rank must be at least 1 and dropout in [0, 1); got {rank} and {dropout}")
+        _check_sizes(rank, alpha, dropout)
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
         self.scaling, self.dropout = alpha / rank, nn.Dropout(dropout)
@@ -78,6 +78,15 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
+def _check_sizes(rank: int, alpha: float, dropout: float) -> None:
+    if not isinstance(rank, int):
+        raise TypeError(f"rank must be an int; got {rank!r}")
+    if rank < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"rank must be at least 1 and dropout in [0, 1); got {rank} and {dropout}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite: an adapter counts alpha / rank; got {alpha}")
+
+
 def add_lora_(
     model: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
     *, include: Choice = "*", exclude: Choice = (), dtype: torch.dtype = torch.float32,
@@ -90,7 +99,7 @@ def add_lora_(
     from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
     the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
 
-    Raises as `nf4lab.quantize_model_`; ValueError where the model has adapters already, for an unknown init, and, under
+    Raises as `nf4lab.quantize_model_` and `LoRALinear`; ValueError where the model has adapters already, for an unknown init, and, under
     "loftq" and "pissa", where a layer is not in 4 bits, is smaller than rank, or has no finite original of its shape.
     The model is then as it was.
     """
@@ -98,6 +107,9 @@ def add_lora_(
         raise ValueError("model has adapters already: merge them first")
     if init != "zero" and init not in STARTS:
         raise ValueError(f"init must be 'zero', {', '.join(map(repr, STARTS))}; got {init!r}")
+    if originals is not None and not isinstance(originals, Mapping):
+        raise TypeError(f"originals must map names to weights, as a state_dict does; got {type(originals).__name__}")
+    _check_sizes(rank, alpha, dropout)
     chosen = choose_layers(model, _can_adapt, include, exclude)
     if init != "zero":
         _check_originals(model, [names[0] for names in chosen], originals or {}, init, rank)
@@ -116,8 +128,8 @@ def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str,
         wanted = (layer.out_features, layer.in_features)
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"init {init!r} starts from a 4-bit base; layer {name!r} is a {type(layer).__name__}")
-        if original is None or original.shape != wanted:
-            got = "none" if original is None else tuple(original.shape)
+        if getattr(original, "shape", None) != wanted:
+            got = "none" if original is None else tuple(getattr(original, "shape", [type(original).__name__]))
             raise ValueError(f"init {init!r} needs an original {name + '.weight'!r} of shape {wanted}; got {got}")
         try:
             check_start(original, rank)
