@@ -42,7 +42,7 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"layer {name!r} takes a floating-point (…, {layer.in_features}); it was given {got}")
         x = x.detach().reshape(-1, layer.in_features).float()
-        if not x.isfinite().all() or x.numel() and x.abs().max() > LARGEST:
+        if not x.isfinite().all() or (x.numel() and x.abs().max() > LARGEST):
             raise ValueError(f"layer {name!r} was given an input that is not finite, or above {LARGEST:.2g}")
         if name not in sums:
             sums[name], counts[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64), 0

@@ -138,8 +138,8 @@ def _points(w: Tensor, block_size: int, importance: Tensor | None, n_levels: int
 def vector_codebook(points: Tensor, n_words: int = 256, seed: int = 0, steps: int = 50) -> Tensor:
     """Code words for vectors, by scikit-learn's k-means: float32 (n_words, dim).
 
-    points: float (n, dim). 256 words for pairs are 4 bits per weight. Raises TypeError for what is no tensor, ValueError
-    for points that are not finite, no word, and fewer points than words.
+    points: float (n, dim). 256 words for pairs are 4 bits per weight. Raises TypeError for what is no tensor,
+    ValueError for points that are not finite, no word, and fewer points than words.
     """
     from sklearn.cluster import KMeans
 

@@ -99,9 +99,9 @@ def add_lora_(
     from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
     the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
 
-    Raises as `nf4lab.quantize_model_` and `LoRALinear`; ValueError where the model has adapters already, for an unknown init, and, under
-    "loftq" and "pissa", where a layer is not in 4 bits, is smaller than rank, or has no finite original of its shape.
-    The model is then as it was.
+    Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for originals that are no mapping, ValueError where
+    the model has adapters already, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4 bits,
+    is smaller than rank, or has no finite original of its shape. The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
