@@ -132,8 +132,7 @@ class QuantizedConstants:
         of_groups = self.group_absmax.split(-(-piece // scheme.group_size))
         pairs = zip(codes, of_groups, strict=True)
         parts = [map.decode_flat(codes, scheme.group_size, absmax, None) for codes, absmax in pairs]
-        parts = parts if self.offset is None else [part + self.offset for part in parts]
-        return put_together(parts)
+        return put_together(parts if self.offset is None else [part.add_(self.offset) for part in parts])
 
     def at(self, positions: Tensor) -> Tensor:
         """The constants at these positions alone: int64 (m,) to float32 (m,), to the bit as `dequantize` has them."""
