@@ -372,6 +372,25 @@ def test_kernels_and_gradients_that_are_told_in_a_forged_way_are_flagged(tmp_pat
     assert all(check["passed"] for check in honest)
 
 
+def test_a_kernel_whose_every_thread_takes_all_bytes_costs_its_own_question_and_is_told_soon(tmp_path):
+    make_labs.make("lab4", seed=2026, check=True, grader=tmp_path / "lab4.zip")
+    four = judge.job_of("lab4", replace(LIMITS, seconds=300, cell_seconds=60), grader=tmp_path / "lab4.zip")
+    notebook = solved("lab4")
+    cell = next(cell for cell in notebook.cells if "def v1(" in cell.source)
+    cell.source = cell.source.replace("if i < packed.size:", "for i in range(packed.size):")
+    row = judge.grade_one("all", as_bytes(notebook), four)
+    assert row["outcome"] == "graded" and row["cpu_s"] < 30, row  # without the stop at the first double write: 60 s
+    assert row["questions"]["q5"] == 0 and row["score"] == row["possible"] - 5
+    told = [check["message"] for check in row["checks"] if check["question"] == "q5"]
+    assert all("again by thread 1" in text for text in told), told
+
+
+def test_what_a_notebook_has_set_for_all_of_torch_costs_nothing(job):
+    text = "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)"
+    row = judge.grade_one("float64", as_bytes(preceded("lab1", text)), job)
+    assert (row["score"], row["outcome"]) == (20, "graded"), row["checks"]
+
+
 def test_a_submission_never_sees_a_check_the_seed_or_the_packages_solutions(job):
     for text in (attacks.LOOKS_AROUND, attacks.LOOKS_IN_MEMORY, attacks.LOOKS_FOR_OTHERS_LINES):
         row = judge.grade_one("looks", as_bytes(preceded("lab1", text)), job)
