@@ -220,6 +220,13 @@ def test_every_method_makes_a_large_layer_in_ten_seconds_of_two_cores_and_one_of
     assert "\n".join(rows) in PAGE
 
 
+def test_the_memory_of_a_row_without_a_rotation_has_two_copies_that_only_the_measurement_makes():
+    n = 4096**2
+    held = 4 * n + n // 2 + 4 * n // 64  # values read back, codes and constants
+    assert ON_A_GPU["each method"]["methods"]["nearest"]["bytes"] == held + 2 * 4 * n  # weights and moments moved on
+    assert ON_A_GPU["each method"]["methods"]["rotated"]["bytes"] == held + 4 * n  # weights rotated
+
+
 def test_what_the_page_says_of_starts_is_in_their_record():
     record = models.record("starts")
     left = record["error"]
