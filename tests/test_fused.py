@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nf4lab.kernels.cuda import crossover, few_rows, fused, gemv_kernels
+from nf4lab.kernels.cuda import crossover, fused, gemv_kernels
 from nf4lab.kernels.cuda.launch import SIMULATOR
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator's layouts are smaller")
@@ -89,3 +89,13 @@ def test_a_table_measured_here_replaces_the_one_that_ships(tmp_path, monkeypatch
     assert read(0) == {(64, 128): 24}
     crossover.path_for("NVIDIA Test").write_text("no table")
     assert read(0) == crossover.H200
+
+
+def test_a_whole_round_of_the_processors_goes_before_more_warpgroups(monkeypatch):
+    """8,192 rows of W are four tiles a processor: at 64 rows of x four warpgroups' stages do not fit, and two take it."""
+    monkeypatch.setattr(fused, "SIMULATOR", False)
+    monkeypatch.setattr(fused, "processors", lambda device: 132)
+    monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
+    (one,) = fused.launches.__wrapped__("v6", 64, 8192, 8192, 64, torch.bfloat16, -21, True)
+    assert (one.grid, one.threads) == (128, 256)

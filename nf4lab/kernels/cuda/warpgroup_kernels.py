@@ -1,4 +1,4 @@
-"""y = x W^T + bias for 1 to 128 rows of x and a packed 4-bit weight W (n, k): v6, in use from 33 rows on, from sm_90 on.
+"""y = x W^T + bias for 1 to 128 rows of x and a packed 4-bit weight W (n, k): v6, in use above v4's rows on sm_90.
 
 Hopper's tensor cores take their steps from four warps at once, a warpgroup: A (64 rows of W, 16 columns) from its
 registers, B (16 columns, all rows of x) straight from shared memory. So nobody reads x into registers, a step covers
@@ -82,7 +82,8 @@ def layouts(eights, tiles):
         return []
     down = 2 if tiles > 4 else 1
     along = 1 if config.ENABLE_CUDASIM else (4 if eights <= 8 else 2) // down  # more rows need more registers
-    return [Layout(down, along, tiles, eights, stages) for stages in (3, 2)]
+    ways = [along >> less for less in range(3) if along >> less]  # fewer where shared memory is short
+    return [Layout(down, way, tiles, eights, stages) for way in ways for stages in (3, 2)]
 
 
 @functools.cache
@@ -130,7 +131,7 @@ def kernel(layout):
 
     @cuda.jit(device=True, inline="always")
     def look_up(shared, at, selector, lane_bytes, words, a):
-        """A in the type of x: this lane's levels in 64 columns of two rows, whose codes lie at `at` in shared memory."""
+        """A in the type of x: this lane's levels in 64 columns of two rows, whose codes lie at `at`."""
         for piece in range(2):
             for h in range(2):
                 load16_shared(shared, int32(at + 16 * piece + 32 * h * W_PITCH), words, 4 * h)
