@@ -92,7 +92,7 @@ def test_a_table_measured_here_replaces_the_one_that_ships(tmp_path, monkeypatch
 
 
 def test_a_whole_round_of_the_processors_goes_before_more_warpgroups(monkeypatch):
-    """8,192 rows of W are four tiles a processor: at 64 rows of x four warpgroups' stages do not fit, and two take it."""
+    """8,192 rows of W are four tiles a processor: at 64 rows of x the stages of four warpgroups do not fit."""
     monkeypatch.setattr(fused, "SIMULATOR", False)
     monkeypatch.setattr(fused, "processors", lambda device: 132)
     monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
