@@ -96,7 +96,11 @@ def in_two(case: Case, device: str, rank: int) -> dict:
     local = sum(p.to_local().nbytes for name, p in model.named_parameters() if name.endswith("packed"))
     (answers,) = train(model, batches[rank : rank + 1])
     state = {key: whole(value) for key, value in model.state_dict().items()}
-    return {"answers": answers, "state": state, "local": local, "packed": packed} | saved_and_loaded(model)
+    found = {"answers": answers, "state": state, "local": local, "packed": packed, "failed": ""}
+    try:
+        return found | saved_and_loaded(model)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:  # the rest is worth having
+        return found | {"failed": f"{type(error).__name__}: {error}"}
 
 
 def saved_and_loaded(model) -> dict:
@@ -149,7 +153,8 @@ def main(device: str) -> None:
         far = [(each["answers"] - one["answers"][rank]).abs().max().item() for rank, each in enumerate(two)]
         other = [key for key, value in one["state"].items() if not torch.equal(two[0]["state"][key], value)]
         print(f"{name}: answers differ by {far}; of {len(one['state'])} tensors {other or 'none'} differ; "
-              f"packed bytes {[each['local'] for each in two]} of {two[0]['packed']}", flush=True)  # fmt: skip
+              f"packed bytes {[each['local'] for each in two]} of {two[0]['packed']}; "
+              f"checkpoint: {two[0]['failed'] or 'saved and loaded'}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def test_forward_backward_and_state_are_those_of_one_process(device_and_found, c
 @pytest.mark.parametrize("case", CASES)
 def test_torchs_distributed_checkpoint_has_the_state_and_brings_it_back(device_and_found, case):
     for two in (found[case] for found in device_and_found[1]):
+        assert two["failed"] == ""
         for state in (two["full"], two["kept"], two["loaded"]["parts"], two["loaded"]["whole"]):
             assert state.keys() == two["state"].keys()
             assert all(torch.equal(state[name], tensor) for name, tensor in two["state"].items())
