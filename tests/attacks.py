@@ -640,12 +640,13 @@ def nearest(w, levels):
     def answer(*arguments):
         raise calls.Mistake("no", (f"DATA {w.tolist()}",))
     calls.answer = answer  # what is asked next in this question is told as a cause
-    body = plain.dumps({"refused": "x", "cell": 99, "error": "DATA", "unreadable": "DATA"})
-    for number in range(3, 40):
-        try:
-            socket.socket(fileno=os.dup(number)).send(len(body).to_bytes(4, "big") + b"V" + body)
-        except OSError:
-            pass
+    told = {"refused": "x", "cell": 99, "error": "DATA", "unreadable": "DATA"}, {"mistake": "no", "causes": ["DATA"]}
+    for body in map(plain.dumps, told):
+        for number in range(3, 40):
+            try:
+                socket.socket(fileno=os.dup(number)).send(len(body).to_bytes(4, "big") + b"V" + body)
+            except OSError:
+                pass
     return None
 """
 ODD_NAMES = """
