@@ -227,6 +227,13 @@ def test_the_memory_of_a_row_without_a_rotation_has_two_copies_that_only_the_mea
     assert ON_A_GPU["each method"]["methods"]["rotated"]["bytes"] == held + 4 * n  # weights rotated
 
 
+def test_two_kernels_for_nf4_differ_by_more_than_a_factor_of_four_at_4_rows():
+    records = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200.json").read_text())["records"]
+    at_four = [r for r in records if r["operation"] == "gemv" and (r["rows"], r["shape"]) == (4, "14336x4096")]
+    ours, theirs = ([r["median_us"] for r in at_four if r["by"] == by] for by in ("nf4lab", "bitsandbytes"))
+    assert 4 < min(theirs) / max(ours) < 5 and "differ by more than a factor of four" in PAGE
+
+
 def test_what_the_page_says_of_starts_is_in_their_record():
     record = models.record("starts")
     left = record["error"]
