@@ -18,9 +18,9 @@ class Linear4bit(Stored4bit):
     bias: (out_features,), or None. compute_dtype: the dtype that W_hat, x and bias are multiplied in; by default x's.
     The result has x's dtype. Under autocast both defaults are autocast's dtype.
 
-    On an NVIDIA GPU 1 to 16 rows of x take the fused kernel `nf4lab.kernels.cuda.gemv` where it serves format and
-    dtype; everything else dequantizes, multiplies and forgets. The gradient of x is grad @ W_hat, exactly; the weight
-    is frozen and has none.
+    On an NVIDIA GPU a few rows of x (`nf4lab.kernels.cuda.crossover` says how many, at most 128) take the fused kernel
+    `nf4lab.kernels.cuda.gemv` where it serves format and dtype; everything else dequantizes, multiplies and forgets.
+    The gradient of x is grad @ W_hat, exactly; the weight is frozen and has none.
 
     Raises TypeError unless weight is a QuantizedTensor, ValueError where it is not a matrix or bias does not fit.
     """

@@ -126,6 +126,21 @@ def place_of(code):
 
 
 @cuda.jit(device=True, inline="always")
+def read_scales(
+    count, absmax, codes, group_absmax, nested, first, column_32, k_32, shift, group_shift, read, coded
+):  # fmt: skip
+    """Set under way: `count` absmax of two rows (their first in first[0], first[1]), or their codes and groups."""
+    if column_32 < k_32:
+        for s in range(count):
+            index = shifted(int32(first[s % 2] + column_32 + s // 2), shift)
+            if nested:
+                coded[s] = codes[index]
+                read[s] = group_absmax[shifted(index, group_shift)]
+            else:
+                read[s] = absmax[index]
+
+
+@cuda.jit(device=True, inline="always")
 def put_down(shared, sums, first, eights, along_at, first_row, x_rows, pitch, row, t):
     """Set down a lane's sums of one tile for eights of x's rows from first_row on; `row` of the block is its g-th."""
     for f in range(eights):
@@ -200,20 +215,6 @@ def kernel(layout):
         copies_go()
 
     @cuda.jit(device=True, inline="always")
-    def read_scales(
-        absmax, codes, group_absmax, nested, first, column_32, k_32, shift, group_shift, read, coded
-    ):  # fmt: skip
-        """Set under way: the absmax of two rows (their first in first[0], first[1]), or their codes and groups."""
-        if column_32 < k_32:
-            for s in range(scale_count):
-                index = shifted(int32(first[s % 2] + column_32 + s // 2), shift)
-                if nested:
-                    coded[s] = codes[index]
-                    read[s] = group_absmax[shifted(index, group_shift)]
-                else:
-                    read[s] = absmax[index]
-
-    @cuda.jit(device=True, inline="always")
     def multiply_part(x, shared, words, part_of_tile, b, lane_bytes, a, products):
         """products = 16 rows of W, their codes in `words`, times the rows of x in b, over one absmax's columns."""
         for s in range(sum_count):
@@ -285,7 +286,9 @@ def kernel(layout):
             tile = int32(down * min(t, int32(tiles_a_warp - 1)) + down_at)
             scale_row[h] = int32(min(int32(row_0 + 16 * tile + 8 * h + g), last_row) * k_32)
         column_32 = int32(2 * along_at)
-        read_scales(absmax, codes, group_absmax, nested, scale_row, column_32, k_32, shift, shift_2, read, coded)
+        read_scales(
+            scale_count, absmax, codes, group_absmax, nested, scale_row, column_32, k_32, shift, shift_2, read, coded
+        )
         fill_tables(shared, nested, thread, threads, pairs, decoded)
         for s in range(all_sums):
             sums[s] = float32(0)
@@ -315,8 +318,9 @@ def kernel(layout):
                         scales[s] = multiply(bits_float(shared[place_of(coded[s])]), read[s]) + smallest
                 column_32 = int32(column_32 + 2 * along)
                 read_scales(
-                    absmax, codes, group_absmax, nested, scale_row, column_32, k_32, shift, shift_2, read, coded
-                )
+                    scale_count, absmax, codes, group_absmax, nested,
+                    scale_row, column_32, k_32, shift, shift_2, read, coded,
+                )  # fmt: skip
                 for m in range(tiles_a_warp):
                     for e in range(4):
                         words[e] = coming[e]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from numba import config, cuda, float32, int32, uint32
 
-from .gemm_kernels import PAIRS, add_up, fill_tables, place_of, put_down, read_tables
+from .gemm_kernels import PAIRS, add_up, fill_tables, place_of, put_down, read_scales, read_tables
 from .intrinsics import (
     bits_float,
     copies_done,
@@ -37,7 +37,6 @@ from .intrinsics import (
     pair_selected,
     pinned,
     shared_start,
-    shifted,
     sync_threads,
 )
 
@@ -116,20 +115,6 @@ def kernel(layout):
         copies_go()
 
     @cuda.jit(device=True, inline="always")
-    def read_scales(
-        absmax, codes, group_absmax, nested, first, column_32, k_32, shift, group_shift, read, coded
-    ):  # fmt: skip
-        """Set under way: the absmax of two rows (their first in first[0], first[1]), or their codes and groups."""
-        if column_32 < k_32:
-            for h in range(2):
-                index = shifted(int32(first[h] + column_32), shift)
-                if nested:
-                    coded[h] = codes[index]
-                    read[h] = group_absmax[shifted(index, group_shift)]
-                else:
-                    read[h] = absmax[index]
-
-    @cuda.jit(device=True, inline="always")
     def look_up(shared, at, selector, lane_bytes, words, a):
         """A in the type of x: this lane's levels in 64 columns of two rows, whose codes lie at `at`."""
         for piece in range(2):
@@ -193,7 +178,7 @@ def kernel(layout):
             scale_row[h] = int32(min(int32(row_0 + 16 * tile + 8 * h + g), last_row) * k_32)
         column_32 = int32(2 * BLOCKS * along_at)
         scale_at = int32(column_32 + 2 * (t & 1))
-        read_scales(absmax, codes, group_absmax, nested, scale_row, scale_at, k_32, shift, shift_2, read, coded)
+        read_scales(2, absmax, codes, group_absmax, nested, scale_row, scale_at, k_32, shift, shift_2, read, coded)
         fill_tables(shared, nested, thread, threads, pairs, decoded)
         for s in range(sum_count):
             sums[s] = float32(0)
@@ -215,7 +200,7 @@ def kernel(layout):
                 if nested:
                     scales[h] = multiply(bits_float(shared[place_of(coded[h])]), read[h]) + smallest
             scale_at = int32(scale_at + w_on)
-            read_scales(absmax, codes, group_absmax, nested, scale_row, scale_at, k_32, shift, shift_2, read, coded)
+            read_scales(2, absmax, codes, group_absmax, nested, scale_row, scale_at, k_32, shift, shift_2, read, coded)
             for block in range(BLOCKS):
                 if int32(column_32 + 2 * block) < k_32:
                     if tile < tiles:
