@@ -19,7 +19,9 @@ def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
     monkeypatch.setattr(fused, "SIMULATOR", False)
     monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
     monkeypatch.setattr(fused, "processors", lambda device: 132)
-    monkeypatch.setattr(fused, "capability", lambda device: {-9: (9, 0), -8: (8, 0), -7: (7, 5)}[device])
+    monkeypatch.setattr(
+        fused, "capability", lambda device: {-12: (12, 0), -10: (10, 0), -9: (9, 0), -8: (8, 0), -7: (7, 5)}[device]
+    )
     half, hopper, ampere, turing = torch.float16, -9, -8, -7
     assert takes("v6", 1, 14336, 4096, 64, half, hopper, True) == "v6"
     assert takes("v6", 129, 14336, 4096, 64, half, hopper, True) == "v2"
@@ -39,11 +41,13 @@ def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
         around = (1, 8, 9, first_of_v6 - 1, first_of_v6, 128)
         by_rows = [takes("fastest", rows, n, 4096, 64, half, hopper, True) for rows in around]
         assert by_rows == ["v5", "v5", "v4", "v4", "v6", "v6"]
-    assert [fused.most_rows(4096, block_size, gpu) for block_size, gpu in ((64, -9), (32, -9), (64, -8))] == [
-        128,
-        64,
-        64,
-    ]
+    for later in (-10, -12):  # GPUs after Hopper have bulk copies and no warpgroups
+        by_version = [takes(version, 8, 14336, 4096, 64, half, later, True) for version in ("v6", "v5", "fastest")]
+        assert by_version == ["v5"] * 3
+        by_rows = [takes("fastest", rows, 14336, 4096, 64, half, later, True) for rows in (9, 33, 64)]
+        assert by_rows == ["v4"] * 3 and takes("v6", 64, 14336, 4096, 64, half, later, True) == "v4"
+    cases = ((4096, 64, hopper), (4096, 32, hopper), (4096, 64, ampere), (4096, 64, -10), (4096, 64, -12))
+    assert [fused.most_rows(*case) for case in cases] == [128, 64, 64, 64, 64]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 24, 32, 48, 64, 128])

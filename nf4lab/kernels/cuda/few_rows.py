@@ -1,9 +1,10 @@
 """y = x W^T + bias for 1 to 8 rows of x and a packed 4-bit weight W (n, k): v5, the one in use from sm_90 on.
 
 Sixteen rows of W lie one after another in memory. So a thread block takes its tiles of 16 rows one by one, 4,096
-columns at a time, and each of its 16 warps has 256 of the columns for good: what the warp needs of x stays in its
-registers. The warps take turns to order a coming tile, each lane a row of it, up to 2 KB in one bulk copy; a barrier
-counts the bytes that have come (`full`), another the warps that are done with a stage (`empty`).
+columns at a time, and each of its 16 warps has 256 of these columns: what the warp needs of x stays in its registers
+until the block's last tile has passed, and only then come the next 4,096. The warps take turns to order a coming tile,
+each lane a row of it, up to 2 KB in one bulk copy; a barrier counts the bytes that have come (`full`), another the
+warps that are done with a stage (`empty`).
 
             256 columns a warp: 4 blocks of 64
             warp 0   warp 1    …   warp 15

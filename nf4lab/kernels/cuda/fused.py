@@ -1,16 +1,16 @@
 """Which kernel multiplies so many rows of x by a packed weight, and how it is launched.
 
     version  takes                                                                     needs
-    v6       1 to 128 rows, absmax blocks of 64 or more                                sm_90 (warpgroups)
-    v5       1 to 8 rows, absmax blocks of 64 or more                                  sm_90 (bulk copies)
-    v4       1 to 64 rows, absmax blocks of 32 or more                                 sm_80
-    v3       1 to 16 rows, absmax blocks of 64 or more; n multiple of 16, k of 256     sm_80
+    v6       1 to 128 rows, absmax blocks of 64 or more                                sm_90 alone (warpgroups)
+    v5       1 to 8 rows, absmax blocks of 64 or more                                  sm_90 on (bulk copies)
+    v4       1 to 64 rows, absmax blocks of 32 or more                                 sm_80 on
+    v3       1 to 16 rows, absmax blocks of 64 or more; n multiple of 16, k of 256     sm_80 on
     v2       any number of rows, k multiple of 32, absmax blocks of 32 or more
     v1       anything
 
 v3 to v6 take x in 16 bits, v4 to v6 k a multiple of 64, all but v1 tensors that start on 16 bytes. Asked for a
 version that cannot, the next below is taken. "fastest" stands for v5 up to 8 rows, then v4, then v6: from 33 rows on
-where n gives each processor of the GPU four tiles of 16 rows, later where it gives fewer.
+where n has more than three tiles of 16 rows for each processor of the GPU, later where it has fewer.
 """
 
 import functools
@@ -49,9 +49,10 @@ def launches(version, rows, n, k, block_size, dtype, device, aligned):
     version = fastest(rows, n, device) if version == "fastest" else version
     tensor_cores = dtype != torch.float32 and aligned and (SIMULATOR or capability(device) >= (8, 0))
     if version >= "v4" and tensor_cores and k % 64 == 0 and block_size >= 32 and n * k < MOST_WEIGHTS:
-        hopper = block_size >= 64 and (SIMULATOR or capability(device) >= (9, 0))
-        one = warpgroup_launch(rows, n, device) if version == "v6" and hopper else None
-        one = one or (few_rows_launch(rows, n, device) if version >= "v5" and hopper and rows <= 8 else None)
+        whole = block_size >= 64
+        bulk = whole and rows <= 8 and (SIMULATOR or capability(device) >= (9, 0))
+        one = warpgroup_launch(rows, n, device) if version == "v6" and whole and has_warpgroups(device) else None
+        one = one or (few_rows_launch(rows, n, device) if version >= "v5" and bulk else None)
         one = one or gemm_launch(rows, n, block_size, device)
         if one:
             return [one]
@@ -72,8 +73,8 @@ def fastest(rows, n, device):
 
 def most_rows(k, block_size, device):
     """The most rows of x (16 bits) that one launch takes by tensor cores."""
-    hopper = not SIMULATOR and capability(device) >= (9, 0) and block_size >= 64 and k % 64 == 0
-    return MOST_ROWS if hopper else MOST_ROWS_OF_V4
+    fits = not SIMULATOR and has_warpgroups(device) and block_size >= 64 and k % 64 == 0
+    return MOST_ROWS if fits else MOST_ROWS_OF_V4
 
 
 def few_rows_launch(rows, n, device):
@@ -143,6 +144,11 @@ def rows_that_fit(k, device):
 def shared_limit(device):
     """Bytes of shared memory that one thread block may have."""
     return 232448 if SIMULATOR else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def has_warpgroups(device):
+    """Whether the GPU is a Hopper: `wgmma` is an instruction of sm_90a, and no later GPU has it."""
+    return SIMULATOR or capability(device)[0] == 9
 
 
 @functools.cache

@@ -18,10 +18,10 @@ piece, which are four neighbours in W and in x.
     B   lane (g, t): row g of x, the same columns
     C   lane (g, t): rows g and g + 8 of the tile; rows 2t and 2t + 1 of x
 
-A tile's four steps share a block of absmax, so their sum is multiplied by it once, in float32. Lane (g, t) reads the
-absmax of its warp's tile t, one step ahead, and hands it on. The next tile's codes are read before this one's are
-multiplied. At the end the warps that hold other columns of the same rows add up through shared memory, always in the
-same order.
+A tile's four steps (two, where blocks have 32) share a block of absmax, so their sum is multiplied by it once, in
+float32. Lane (g, t) reads the absmax of its warp's tile t, one step ahead, and hands it on. The next tile's codes are
+read before this one's are multiplied. At the end the warps that hold other columns of the same rows add up through
+shared memory, always in the same order.
 """
 
 import functools

@@ -1,11 +1,11 @@
-"""y = x W^T + bias for 1 to 16 rows of x and a packed 4-bit weight W (n, k), float32 accumulation.
+"""y = x W^T + bias for a few rows of x and a packed 4-bit weight W (n, k), float32 accumulation.
 
 v1  a warp a row of W, one code at a time: the kernel that teaches; takes every shape and block size
 v2  the levels in shared memory, 16 bytes of codes a load, each block's absmax applied to a sum instead of to values
 v3  tensor cores: two codes become two float16 by ONE table lookup, 16 rows of W at once, the next codes under way
     while these are multiplied; takes up to 16 rows of x in one pass over W
 
-v4 and v5 go on from here in `gemm_kernels` and `few_rows`.
+v4 to v6 go on from here in `gemm_kernels`, `few_rows` and `warpgroup_kernels`.
 
 All take (x, packed, absmax, codes, group_absmax, offset, code_map, levels, bias, y, rows, n, k, block_shift,
 group_shift, nested, has_bias). With `nested`, a block's absmax is code_map[code] * group_absmax + offset.

@@ -1,7 +1,6 @@
 """From a kernel and its tensors to the GPU: compile once, then launch on torch's current stream.
 
-numba's own launch looks at every argument anew, which costs more than most kernels here take; these get plain
-addresses.
+numba's own launch looks at every argument anew; these get plain addresses.
 In numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the kernel on CPU tensors.
 """
 

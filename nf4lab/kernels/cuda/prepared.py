@@ -1,9 +1,10 @@
 """Calls made ready: what cannot change between two calls with one weight is done once, here.
 
 `gemv` and `dequantize` look at a dozen arguments each time; a prepared call looks at three addresses, packs them with
-those it knows into the argument block, and launches. It holds addresses and no tensors: whoever calls keeps the
-weight's tensors alive, and prepares again where one has moved. It launches on torch's current stream, can be captured
-in a CUDA graph once it has run, and may be called from several threads.
+those it knows into the argument block, and launches. Of the weight it holds addresses and no tensors (what it keeps are
+the tables: levels and code map): whoever calls keeps the weight's tensors alive, and prepares again where one has
+moved. It launches on torch's current stream, can be captured in a CUDA graph once it has run, and may be called from
+several threads.
 """
 
 import torch
