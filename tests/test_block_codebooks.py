@@ -208,6 +208,9 @@ def test_what_makes_no_codebook_is_refused():
         codebooks.optimal(1)
     with pytest.raises(ValueError, match="'mse' needs a density of finite variance"):
         codebooks.optimal(64, density=scipy.stats.t(2))
+    for density in (scipy.stats.t(1.5), scipy.stats.chi2(1)):  # tails beyond float64; infinite at zero
+        with pytest.raises(ValueError, match="density that is finite everywhere, with tails that float64 can follow"):
+            codebooks.optimal(64, "mae", density=density)
     with pytest.raises(ValueError, match="at least 16 finite weights, not all of them zero; got 15 values"):
         codebooks.fit(torch.ones(15))
     with pytest.raises(ValueError, match="finite weights"):

@@ -47,6 +47,8 @@ def of_density(block_size: float, power: int, signed: bool, density=NORMAL) -> S
     at_ends = nodes.probability * nodes.high**power
     others = (block_size - 1) * at_ends * nodes.high / nodes.share
     height = density.pdf(np.multiply.outer(GRID, s)) @ others  # (801,)
+    if not len(s) or not np.isfinite(height).all():
+        raise ValueError("the quadrature needs a density that is finite everywhere, with tails that float64 can follow")
     at_high = at_ends.sum() if signed else at_ends[nodes.elements[:, 0] > 0].sum()
     slope, moment_slope = (scipy.interpolate.make_interp_spline(GRID, y, k=5) for y in (height, GRID * height))
     mass, moment = slope.antiderivative(), moment_slope.antiderivative()
