@@ -153,7 +153,7 @@ def vector_codebook(points: Tensor, n_words: int = 256, seed: int = 0, steps: in
     return torch.from_numpy(found.cluster_centers_).float()
 
 
-def nearest_words(points: Tensor, words: Tensor, at_once: int = 2**14) -> Tensor:
+def nearest_words(points: Tensor, words: Tensor, at_once: int = 2**12) -> Tensor:
     """The number of the nearest word, point by point: int64 (n,) for points (n, dim) and words (n_words, dim).
 
     Raises ValueError for other shapes, no word, two dtypes, and points that are not finite.
