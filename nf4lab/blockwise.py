@@ -201,7 +201,8 @@ def quantize(
     *parts, tensor_scale = quantized
     packed, scale, location = parts if n else [None if part is None else part[:0] for part in parts]
     if scheme:
-        scale, location = scheme.quantize(scale), None if location is None else scheme.quantize(location)
+        encode = backends.ENCODE_CONSTANTS.get(chosen)
+        scale, location = (None if part is None else scheme.quantize(part, encode) for part in (scale, location))
     return QuantizedTensor(packed, scale, location, format, x.shape, x.dtype, block_size, tensor_scale)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nf4lab
+from nf4lab import backends
 from nf4lab.formats import double_quant
 from nf4lab.formats.double_quant import MAPS
 
@@ -141,3 +142,15 @@ def test_quantizing_constants_looks_at_none_of_them_so_that_a_gpu_need_not_be_wa
     constants = torch.empty(1000, device="meta")  # whoever asks for a value there gets an error
     quantized = nf4lab.DoubleQuant(map).quantize(constants)
     assert quantized.codes.is_meta and quantized.dequantize().shape == (1000,)
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("group_size", [1, 100, 256, 4099])
+@pytest.mark.parametrize("n", [1, 257, 5000])
+def test_the_kernel_for_constants_makes_the_bytes_of_the_reference(map, group_size, n):
+    scheme = nf4lab.DoubleQuant(map, n != 257, group_size)
+    signs = 1.0 - 2 * (torch.arange(n) % 3 == 0)  # locations have both signs
+    for constants in (absmaxes(n), signs * absmaxes(n), torch.ones(n), absmaxes(n) * 1e-40, absmaxes(n) * 1e38):
+        one, other = scheme.quantize(constants), scheme.quantize(constants, backends.ENCODE_CONSTANTS["cpu"])
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.group_absmax.view(torch.int32), other.group_absmax.view(torch.int32))

@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nf4lab
 from nf4lab.checkpoints import architecture, convert, plan
@@ -664,3 +665,28 @@ def test_a_configuration_that_can_not_be_the_files_is_refused_at_once(folder_of,
         nf4lab.quantize_checkpoint(folder, tmp_path / "out")
     assert time.process_time() - before < 20  # it takes one or two; what transformers would build takes days
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations of torch."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("double_quant", "most"), [(False, 34), (True, 52)])
+def test_a_small_tensor_takes_few_operations_of_torch_views_included(tmp_path, double_quant, most):
+    counted = {}
+    for n in (20, 40):  # enough that a kernel quantizes
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        safetensors.torch.save_file(
+            {f"part_{k}.weight": torch.ones(64, 64) for k in range(n)}, folder / "model.safetensors"
+        )
+        with Counting() as counting:
+            nf4lab.quantize_checkpoint(folder, tmp_path / f"{n}-nf4", double_quant=double_quant)
+        counted[n] = counting.n
+    assert (counted[40] - counted[20]) / 20 <= most

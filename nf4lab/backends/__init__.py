@@ -15,8 +15,9 @@ from nf4lab.backends.reference import CPU_FROM, choose
 
 QUANTIZE = {"torch": reference.quantize, "cpu": cpu.quantize, "cuda": cuda.quantize}
 DEQUANTIZE = {"torch": reference.dequantize, "cpu": cpu.dequantize, "cuda": cuda.dequantize}
+ENCODE_CONSTANTS = {"cpu": cpu.encode_constants}  # for double quantization, what is faster than torch
 
-__all__ = ["CPU_FROM", "DEQUANTIZE", "QUANTIZE", "choose", "empty", "prepare"]
+__all__ = ["CPU_FROM", "DEQUANTIZE", "ENCODE_CONSTANTS", "QUANTIZE", "choose", "empty", "prepare"]
 
 
 def prepare(packed, stored_scale, stored_location, tensor_scale, format, shape, block_size, dtype):

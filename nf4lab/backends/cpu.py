@@ -47,6 +47,19 @@ def quantize(flat: Tensor, format: Format, block_size: int) -> tuple[Tensor, ...
     return packed, stored, stored_location, tensor_scale
 
 
+def encode_constants(constants: Tensor, offset: Tensor | None, map: Format, group_size: int) -> tuple[Tensor, Tensor]:
+    """What `nf4lab.formats.double_quant.in_torch` returns, by a kernel."""
+    from nf4lab.kernels import cpu
+
+    n = constants.numel()
+    codes = torch.empty(n, dtype=torch.uint8, device=constants.device)
+    group_absmax = torch.empty(-(-n // group_size), dtype=torch.float32, device=constants.device)
+    shift = np.float32(0 if offset is None else offset.item())
+    arrays = (part.numpy() for part in (codes, group_absmax))
+    cpu.encode_constants(constants.numpy(), shift, _map_table(map), group_size, *arrays)
+    return codes, group_absmax
+
+
 def dequantize(
     packed: Tensor,
     scale: Tensor | QuantizedConstants,
@@ -164,6 +177,13 @@ def _quantize_table(format: Format):
 
 
 @functools.lru_cache(maxsize=64)
+def _map_table(map: Format):
+    from nf4lab.kernels import cpu
+
+    return cpu.map_table(map.boundaries.numpy(), map.ascending.numpy())
+
+
+@functools.lru_cache(maxsize=64)
 def _dequantize_table(format: Format) -> np.ndarray:
     from nf4lab.kernels import cpu
 
@@ -180,8 +200,8 @@ def _array(tensor: Tensor | None) -> np.ndarray:
     """The tensor's memory as a flat array, 16-bit floats as their bit patterns; None as no constants at all."""
     if tensor is None:
         return np.empty(0, np.float32)
-    flat = tensor.reshape(-1).contiguous()
-    return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype.itemsize == 2 else flat.numpy()
+    flat = tensor.ravel()
+    return flat.view(torch.uint16).numpy() if flat.dtype.itemsize == 2 else flat.numpy()
 
 
 def _threads() -> int:

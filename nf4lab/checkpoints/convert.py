@@ -124,7 +124,7 @@ def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | No
             _add_tensor(place[name], name, out, how, action, shard.nbytes)
             if bar is not None:
                 bar.update(place[name].entries[name].nbytes)
-    return {name: entry.nbytes for name, entry in out.entries.items()}
+    return out.nbytes
 
 
 def _add_tensor(file: TensorFile, name: str, out, how: How, action: str, nbytes: int) -> None:

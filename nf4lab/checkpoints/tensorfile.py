@@ -11,8 +11,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ DTYPES = {name: getattr(torch, torch_name) for name, torch_name in NAMES.items()
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one tensor lies in a file: its dtype and shape, and its first and last byte (exclusive) in the data."""
 
     dtype: torch.dtype
@@ -177,36 +176,37 @@ def _check_cover(entries: dict[str, Entry], data_bytes: int, name: str) -> None:
 
 
 class TensorWriter:
-    """What `writing` hands out: `add` appends a tensor's bytes; the header comes last, into the room before them."""
+    """What `writing` hands out: `add` appends a tensor's bytes; the header comes last, into the room before them.
+
+    nbytes: of each tensor written, by name. Of very many tensors what is kept are texts and numbers, no objects: those
+    Python would visit again and again, looking for garbage.
+    """
 
     def __init__(self, file, header_bytes: int):
         self._file = file
         self._header_bytes = header_bytes
-        self.entries: dict[str, Entry] = {}
+        self.nbytes: dict[str, int] = {}
+        self._entries: list[str] = []  # of the header, each as it will stand there
         self._at = 0
         file.seek(8 + header_bytes)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor. Raises ValueError for a name that stands in the file already or a dtype it cannot hold."""
-        if name in self.entries:
+        if name in self.nbytes:
             raise ValueError(f"two tensors want the name {name!r}")
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name!r}: a safetensors file cannot hold {tensor.dtype}")
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        data = (data if data.dtype == torch.uint8 else data.view(torch.uint8)).numpy()
-        self._file.write(data)
-        self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape), self._at, self._at + data.nbytes)
-        self._at += data.nbytes
+        start, nbytes = self._at, self._file.write(tensor.ravel().view(torch.uint8).numpy(force=True))
+        self._at, self.nbytes[name] = start + nbytes, nbytes
+        self._entries.append(
+            f'{as_json(name)}:{{"dtype":"{DTYPE_NAMES[tensor.dtype]}","shape":{list(tensor.shape)},'
+            f'"data_offsets":[{start},{self._at}]}}'
+        )
 
     def finish(self, metadata: dict[str, str]) -> None:
         """Write the header into the room that was left for it."""
-        entries = (
-            f'{as_json(name)}:{{"dtype":"{DTYPE_NAMES[e.dtype]}","shape":{list(e.shape)},'
-            f'"data_offsets":[{e.start},{e.stop}]}}'
-            for name, e in self.entries.items()
-        )
         first = f'"__metadata__":{as_json(metadata)}'
-        text = f"{{{','.join((first, *entries))}}}".encode()
+        text = f"{{{','.join((first, *self._entries))}}}".encode()
         if len(text) > self._header_bytes:
             raise RuntimeError(f"the header takes {len(text)} bytes; room was left for {self._header_bytes}")
         self._file.seek(0)

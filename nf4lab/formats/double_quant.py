@@ -4,7 +4,7 @@ One float32 per block of 64 costs half a bit per weight. Here the constants lose
 and each group is coded by the same machinery as weights: absmax, then the nearest level of a map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,23 +50,29 @@ class DoubleQuant:
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise ValueError(f"group_size must be a positive integer; got {self.group_size!r}")
 
-    def quantize(self, constants: Tensor) -> "QuantizedConstants":
-        """Constants, float32 (n,), to codes and one float32 per group, with a float32 offset if centred."""
+    def quantize(self, constants: Tensor, encode: Callable | None = None) -> "QuantizedConstants":
+        """Constants, float32 (n,), to codes and one float32 per group, with a float32 offset if centred.
+
+        encode: what does the work of `in_torch`, for a backend that has something faster.
+        """
         n, map = constants.numel(), MAPS[self.map]
         offset = mean(constants) if self.centred and n else None
-        pieces = constants.split(self.piece(n, constants.device))
-        centred = (piece if offset is None else piece - offset for piece in pieces)
-        made = [map.encode(normalized(piece, self.group_size, map.normalize))[:2] for piece in centred]
-        codes, group_absmax = (put_together(parts) for parts in zip(*made, strict=True))
+        codes, group_absmax = (encode or in_torch)(constants, offset, map, self.group_size)
         return QuantizedConstants(pack_checked(codes, 0, map.code_bits), group_absmax, offset, n, self)
 
     def piece(self, n: int, device: torch.device) -> int:
-        """How many of n constants to work on at once: on a CPU whole groups that torch does not share out to threads.
+        """How many of n constants to decode at once: on a CPU whole groups that torch does not share out to threads.
 
         It would wait for them after each of a dozen short operations, on busy cores for a time slice of another's.
         """
         groups = max(1, UNSHARED // self.group_size)
         return groups * self.group_size if in_pieces(device) else max(1, n)
+
+
+def in_torch(constants: Tensor, offset: Tensor | None, map: Format, group_size: int) -> tuple[Tensor, Tensor]:
+    """(codes, uint8 (n,), absmax of the groups, float32 (n_groups,)) of constants, float32 (n,), less their offset."""
+    centred = constants if offset is None else constants - offset
+    return map.encode(normalized(centred, group_size, map.normalize))[:2]
 
 
 def put_together(parts: Sequence[Tensor]) -> Tensor:

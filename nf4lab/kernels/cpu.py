@@ -4,6 +4,7 @@ quantize_v1    one value at a time: count the boundaries below it
 quantize_v2    a chunk of 4096 at a time in short loops, each of which the compiler turns into vector instructions
 quantize_v3    4 comparisons a value in place of 15: binary search by selection, without a branch
 quantize       v3 in threads: the one in use
+encode_constants  codes of constants in a map of up to 256 levels: double quantization
 dequantize_v1  one byte at a time: look up two levels, scale each
 dequantize_v2  a chunk at a time; one read from a table of all 256 bytes gives both levels
 dequantize     v2 in threads: the one in use
@@ -397,6 +398,39 @@ def search(x, trials, location, boundaries, levels, block_size, best, threads=1)
         )
     inputs = [read_only(array) for array in (x, trials, location)]
     in_threads(search_chunks, count(x), threads, *inputs, boundaries, read_only(levels), block_size, best)
+
+
+# ---- constants, quantized too
+
+
+@jit
+def encode_constants(constants, offset, table, group_size, codes, group_absmax):
+    """Codes of constants - offset, float32 (n,), into codes, uint8 (n,), and each group's absmax into group_absmax.
+
+    offset: a float32. table: from `map_table`. group_size: from 1 up, any. group_absmax: float32 (n_groups,).
+    The levels are found by binary search without a branch: each step takes the upper half or leaves it.
+    """
+    boundaries, ascending = table
+    normalized = constants - offset
+    absmax(normalized, group_size, group_absmax)
+    normalize(normalized, group_absmax, group_absmax[:0], group_size, normalized)
+    for i in range(codes.size):
+        rank, step = 0, ascending.size // 2
+        while step:
+            rank += pick(normalized[i] <= boundaries[rank + step - 1], 0, step)
+            step //= 2
+        codes[i] = ascending[rank]
+
+
+def map_table(boundaries, ascending):
+    """What `encode_constants` needs of a map of 2 to 256 levels: both arrays filled up for a power of two of levels.
+
+    boundaries: float32 (n_levels - 1,), ascending. ascending: (n_levels,), the codes in order of their levels.
+    Boundaries that are missing are infinite: no value lies above them, and NaN takes the last level.
+    """
+    missing = (1 << (len(ascending) - 1).bit_length()) - len(ascending)
+    filled = np.pad(boundaries, (0, missing), constant_values=np.inf).astype(np.float32)
+    return filled, np.pad(ascending, (0, missing), mode="edge").astype(np.uint8)
 
 
 # ---- dequantize, v1
