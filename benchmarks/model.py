@@ -67,7 +67,7 @@ def alternate(calls, rounds, device, *, repeats=1, warmup=1, idle=True):
 
 KERNELS = {  # what a kernel does, by what stands in its name; the first that fits
     "dequantize": ("dequantize",),
-    "multiply": ("gemm", "gemv", "nvjet", "cutlass", "splitk", "few_rows"),
+    "multiply": ("gemm", "gemv", "nvjet", "cutlass", "splitk", "few_rows", "warpgroup"),
     "attention": ("flash", "fmha", "attention"),
 }
 
