@@ -119,6 +119,9 @@ def test_what_the_page_says_of_the_language_model():
         fixed, both = f"corrected{signed}", f"rotated, corrected{signed}"
         assert ahead(of(both), of(fixed)) and not ahead(of(both, "Flask"), of(fixed, "Flask"))
     assert all(ahead(of("learned, a table a row", on), of("searched", on)) for on in ("manuals", "Flask"))
+    assert all(ahead(of("corrected", on), of("learned, a table a row", on)) for on in ("manuals", "Flask"))
+    tables, plain = (FOUND["language model"][name].bits for name in ("learned, a table a row", "nearest"))
+    assert round(tables - plain, 1) == 0.8 and "for 0.8 of a bit: rows here are short" in PAGE
     for column in ("manuals", "Flask"):
         for nf4, bof4s in pairs():
             assert max(of(bof4s, column)) < min(of(nf4, column))
