@@ -48,8 +48,11 @@ def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
 
 
 def code_usage(q: QuantizedTensor) -> Tensor:
-    """The share of the elements that each code takes: float64 (16,), summing to 1."""
-    return torch.bincount(q.codes, minlength=16).double() / q.numel
+    """The share of the elements that each code takes: float64 (2**bits,), 16 for 4 bits, summing to 1.
+
+    Codes without a level count too, such as the sixteenth of int4's. Of a tensor without elements all are NaN.
+    """
+    return torch.bincount(q.codes, minlength=2**q.format.code_bits).double() / q.numel
 
 
 def entropy_bits(usage: Tensor) -> float:
@@ -59,8 +62,8 @@ def entropy_bits(usage: Tensor) -> float:
 
 
 def compression_ratio(q: QuantizedTensor) -> float:
-    """Bytes of the original, in its own dtype, for each byte stored."""
-    return q.numel * q.dtype.itemsize / q.nbytes
+    """Bytes of the original, in its own dtype, for each byte stored; NaN where there is no element."""
+    return q.numel * q.dtype.itemsize / q.nbytes if q.numel else math.nan
 
 
 def shannon_limit(bits: float, variance: float = 1.0) -> float:

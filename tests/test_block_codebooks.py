@@ -206,6 +206,8 @@ def test_what_makes_no_codebook_is_refused():
         codebooks.optimal(64, pinned=(0, 0))
     with pytest.raises(ValueError, match="2 weights or more; got block_size 1"):
         codebooks.optimal(1)
+    with pytest.raises(ValueError, match="2 weights or more; got block_size 0"):
+        codebooks.fit(torch.randn(100), 0)
     with pytest.raises(ValueError, match="'mse' needs a density of finite variance"):
         codebooks.optimal(64, density=scipy.stats.t(2))
     for density in (scipy.stats.t(1.5), scipy.stats.chi2(1)):  # tails beyond float64; infinite at zero

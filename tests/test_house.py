@@ -135,9 +135,10 @@ def test_a_forward_pass_goes_from_file_to_file_no_more_than_it_must(size, most):
     assert walk(lambda: layer(x)).counts[2] <= most
 
 
-def test_importing_the_package_loads_neither_scipy_stats_nor_numba_nor_matplotlib():
+def test_importing_the_package_loads_neither_scipy_stats_nor_numba_nor_matplotlib_nor_distributed_tensors():
     script = (
-        "import sys, nf4lab; print(sorted({'scipy.stats', 'numba', 'matplotlib', 'transformers'} & set(sys.modules)))"
+        "import sys, nf4lab; print(sorted({'scipy.stats', 'numba', 'matplotlib', 'transformers', "
+        "'torch.distributed.tensor'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

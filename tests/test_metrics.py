@@ -40,6 +40,17 @@ def test_code_usage_is_the_share_of_each_code():
     assert nf4lab.entropy_bits(usage) == 1.5
 
 
+@pytest.mark.parametrize(("n_levels", "n_codes"), [(4, 4), (5, 8), (15, 16), (20, 256)])
+def test_code_usage_has_a_share_for_every_code_of_that_width_used_or_not(n_levels, n_codes):
+    q = nf4lab.quantize(torch.zeros(64), nf4lab.Format("even", torch.linspace(-1, 1, n_levels)))
+    assert nf4lab.code_usage(q).shape == (n_codes,) and nf4lab.code_usage(q).sum() == 1
+
+
+def test_of_a_tensor_without_elements_shares_and_ratio_are_no_numbers():
+    q = nf4lab.quantize(torch.zeros(0))
+    assert nf4lab.code_usage(q).isnan().all() and math.isnan(nf4lab.compression_ratio(q))
+
+
 def test_nf4_codes_of_normal_weights_carry_3_885_bits():
     q = nf4lab.quantize(torch.randn(2**22, generator=torch.Generator().manual_seed(0)))
     assert nf4lab.entropy_bits(nf4lab.code_usage(q)) == pytest.approx(3.885, abs=0.001)

@@ -91,6 +91,14 @@ def test_a_width_without_a_hadamard_matrix_is_refused(n):
         hadamard(torch.zeros(2, n))
 
 
+def test_a_width_whose_least_factor_is_too_large_says_so():
+    hadamard_matrix(1040)  # there is one, but multiplied as one it would be no fast transform
+    with pytest.raises(
+        ValueError, match="order 1040 is known here, of factors up to 1024; the nearest orders are 1032"
+    ):
+        hadamard(torch.zeros(2, 1040))
+
+
 def test_a_width_of_nothing_is_refused():
     with pytest.raises(ValueError, match="order 0"):
         hadamard(torch.zeros(2, 0))

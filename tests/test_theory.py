@@ -15,6 +15,7 @@ import torch
 
 import nf4lab
 from nf4lab import codebooks, formats, theory
+from nf4lab.formats import min_max
 
 PUBLISHED = {  # MSE of standard normal draws at block sizes 64 and 128
     "int4": (0.011578, 0.013752), "q4_0": (0.009003, 0.010633), "uniform": (0.008031, 0.009947),
@@ -123,6 +124,14 @@ def test_constants_of_sixteen_bits_change_the_error_by_less_than_is_said(name, d
     assert abs(short / exact - 1) < most
 
 
+@pytest.mark.parametrize(("levels", "size", "least"), [(16, 16, 5e-4), (256, 64, 1e-2)])
+def test_constants_of_sixteen_bits_change_more_in_smaller_blocks_and_with_more_levels(levels, size, least):
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    rows = [nf4lab.Format("even", codebooks.uniform(levels), min_max, kind) for kind in (torch.float32, torch.bfloat16)]
+    exact, short = (nf4lab.mse(x, nf4lab.quantize(x, row, size).dequantize()) for row in rows)
+    assert short / exact - 1 > least
+
+
 def test_nf4_overtakes_min_max_between_81_and_83_weights_a_block():
     size = theory.crossing("nf4", "uniform")
     assert 81 < size < 83
@@ -139,6 +148,13 @@ def test_at_equal_bits_nf4_overtakes_between_16_and_32():
 def test_formats_that_do_not_cross_are_refused():
     with pytest.raises(ValueError, match="'nf4' and 'int4' do not cross between block sizes 16 and 4096"):
         theory.crossing("nf4", "int4")
+    with pytest.raises(ValueError, match="metric must be 'mse' or 'mae'; got 'rmse'"):
+        theory.crossing("nf4", "uniform", metric="rmse")
+
+
+def test_an_entropy_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="bits must be positive: at 0 there is one level, whatever the step; got 0"):
+        theory.entropy_coded(0)
 
 
 def test_the_entropy_coded_grid_nears_its_high_rate_limit():

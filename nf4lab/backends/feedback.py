@@ -8,7 +8,7 @@ H^-1 = U^T U, the least output error that is left after weight j was rounded is 
 Here rounding is that of any `Format`: a block's constants are made when its first column comes up, from weights that
 have taken up every earlier error. Rows are independent, and all go at once.
 
-Sources: Optimal Brain Surgeon (Hassibi and Stork, 1993); GPTQ (arXiv:2210.17323), section 3.
+Sources: Optimal Brain Surgeon (Hassibi and Stork, 1992); GPTQ (arXiv:2210.17323), section 3.
 """
 
 import functools

@@ -30,7 +30,8 @@ def hadamard(x: Tensor, inverse: bool = False) -> Tensor:
     >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
 
-    Raises TypeError for anything but a floating-point tensor, ValueError for a width that no known Hadamard matrix has.
+    Raises TypeError for anything but a floating-point tensor of 16 bits or more, ValueError for a width that no known
+    Hadamard matrix has, or only one with a factor above 1,024.
     """
     _check(x)
     return _turned(x, None, inverse)
@@ -87,7 +88,7 @@ def _matrix_on(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def factor(n: int) -> int:
-    """The least m for which n / m is a power of two and `hadamard_matrix(m)` is known.
+    """The least m up to 1,024 for which n / m is a power of two and `hadamard_matrix(m)` is known.
 
     Raises ValueError, with the nearest widths that work, where there is none.
     """
@@ -95,7 +96,10 @@ def factor(n: int) -> int:
         return found
     lower = next((k for k in range(n, 0, -1) if _factor(k)), "none")
     upper = next(k for k in itertools.count(max(n, 1)) if _factor(k))
-    raise ValueError(f"no Hadamard matrix of order {n} is known here; the nearest orders are {lower} and {upper}")
+    raise ValueError(
+        f"no Hadamard matrix of order {n} is known here{', of factors up to 1024' if n > LARGEST_FACTOR else ''}; "
+        f"the nearest orders are {lower} and {upper}"
+    )
 
 
 def _factor(n: int) -> int | None:
@@ -108,7 +112,7 @@ def hadamard_matrix(m: int) -> Tensor:
     """A Hadamard matrix of order m, entries +-1: float32 (m, m), H H^T = m I.
 
     m = 1 or 2, q + 1 for a prime power q = 3 mod 4 (Paley's first construction), or 2 (q + 1) for q = 1 mod 4 (his
-    second). Raises ValueError for other orders: of those that `hadamard` needs beside a power of two.
+    second): the factors that `hadamard` needs beside a power of two. Raises ValueError for any other order.
     Source: R. E. A. C. Paley, On orthogonal matrices, 1933.
     """
     construction = _construction(m)

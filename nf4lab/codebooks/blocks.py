@@ -30,12 +30,11 @@ def optimal(
     >>> optimal(64)[:3]
     tensor([-1.0000, -0.7536, -0.5793])
 
-    Raises ValueError for an unknown metric, pinned values that repeat or lie outside -1..1, and densities whose
-    variance ("mse") or mean ("mae") is not finite. Source: BOF4 (arXiv:2505.06653), section 3.
+    Raises ValueError for an unknown metric, a block of fewer than 2 weights, pinned values that repeat, lie outside
+    -1..1 or are more than n_levels, and densities whose variance ("mse") or mean ("mae") is not finite, or that the
+    quadrature can't follow. Source: BOF4 (arXiv:2505.06653), section 3.
     """
-    pinned = _checked(metric, pinned, signed, n_levels)
-    if not block_size >= 2:
-        raise ValueError(f"a block has 2 weights or more; got block_size {block_size}")
+    pinned = _checked(block_size, metric, pinned, signed, n_levels)
     moment = density.var() if metric == "mse" else density.mean()
     if not np.isfinite(moment):
         raise ValueError(f"metric {metric!r} needs a density of finite {'variance' if metric == 'mse' else 'mean'}")
@@ -59,7 +58,7 @@ def fit(
 
     Raises ValueError as `optimal` does, and for fewer weights than levels, all zeros, or values that are not finite.
     """
-    pinned = _checked(metric, pinned, signed, n_levels)
+    pinned = _checked(block_size, metric, pinned, signed, n_levels)
     x = weights.detach().reshape(-1).double().cpu().numpy()
     if not np.isfinite(x).all() or len(x) < n_levels or not x.any():
         raise ValueError(f"fit needs at least {n_levels} finite weights, not all of them zero; got {len(x)} values")
@@ -95,7 +94,11 @@ def af4(block_size: int = 64) -> Tensor:
     return torch.from_numpy(np.concatenate([negative, [0.0], positive])).float()
 
 
-def _checked(metric: str, pinned: Sequence[float] | None, signed: bool, n_levels: int) -> tuple[float, ...]:
+def _checked(
+    block_size: int, metric: str, pinned: Sequence[float] | None, signed: bool, n_levels: int
+) -> tuple[float, ...]:
+    if not block_size >= 2:
+        raise ValueError(f"a block has 2 weights or more; got block_size {block_size}")
     if metric not in lloyd.POWER:
         raise ValueError(f"metric must be 'mse' or 'mae'; got {metric!r}")
     pinned = ((0.0, 1.0) if signed else (-1.0, 0.0, 1.0)) if pinned is None else tuple(map(float, pinned))

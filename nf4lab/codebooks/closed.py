@@ -173,7 +173,7 @@ def uniform(n_levels: int = 16) -> Tensor:
 def quantile_midpoints(n_levels: int = 16, density=NORMAL) -> Tensor:
     """The quantiles of `density` at (i + 0.5)/n, ascending: float32 (n_levels,), in the density's own units.
 
-    Each level stands for an equal share of the probability. None of an even number of levels is zero.
+    Each level stands for an equal share of the probability. Of an even number of levels none is the median.
     """
     return torch.from_numpy(density.ppf((np.arange(n_levels) + 0.5) / n_levels)).float()
 
@@ -199,7 +199,8 @@ def cube_root(density=NORMAL, n_levels: int = 16) -> Tensor:
 
     They cut the integral of f^(1/3) into equal parts, and each lies in the middle of its part. With many levels no
     spacing has a lower squared error, in units in which the density's scale is known (Panter and Dite 1951). For a
-    normal density they are the quantiles of one sqrt(3) times as wide. None of an even number of levels is zero.
+    normal density they are the quantiles of one sqrt(3) times as wide. Of an even number of levels of a density that is
+    symmetric about zero none is zero.
 
     Raises ValueError where f^(1/3) has no finite integral, as for a Student t of 2 degrees of freedom or fewer.
     """

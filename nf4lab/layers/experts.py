@@ -20,7 +20,7 @@ class Experts4bit(Stored4bit):
     """A parameter of fused experts with its values in 4 bits; it behaves as the tensor that it decodes to.
 
     weight: a QuantizedTensor of shape (n_experts, …), quantized as one long row: where an expert's weights are a
-    multiple of the block size, as in every published model, each expert has blocks of its own.
+    multiple of the block size, as in Mixtral and Qwen3-MoE, each expert has blocks of its own.
     In a state_dict it has the parameter's own name, and the names of its constants behind it, as bitsandbytes'
     `nn.parametrize` has.
 

@@ -1,7 +1,6 @@
 """4-bit layers for FSDP2: packed bytes as parameters, which `torch.distributed.fsdp.fully_shard` cuts and gathers."""
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
@@ -54,6 +53,8 @@ class _PackedParameter(Stored4bit):
         if name != "packed":
             super()._take(name, tensor, assign)
             return
+        from torch.distributed.tensor import DTensor, distribute_tensor  # they load sympy, which takes long
+
         packed = self._parameters["packed"]
         if isinstance(packed, DTensor) and not isinstance(tensor, DTensor):
             tensor = distribute_tensor(tensor, packed.device_mesh, packed.placements, src_data_rank=None)
