@@ -1,10 +1,10 @@
-"""Rotate: the Walsh-Hadamard transform with random signs, which makes any weights look like draws of a normal.
+"""Rotate: the Walsh-Hadamard transform with random signs, which makes nearly any weights look normal.
 
     y = W x = (W R)(R^T x)        R = D H / sqrt(n), orthogonal
 
 D is a diagonal of random signs, H a Hadamard matrix: entries +-1, columns at right angles. Each rotated weight is a
 sum of n old ones with random signs, over sqrt(n), so a giant is spread over its whole row and the central limit
-theorem does the rest. The product stays the same, and R is never stored: signs, and n log n additions.
+theorem does the rest. The product stays the same, and R is never stored: signs, and a fast transform.
 
 Sources: QuIP# (arXiv:2402.04396), section 3, and QuaRot (arXiv:2404.00456).
 """
@@ -227,7 +227,7 @@ class RotatedLinear(nn.Module):
     """y = W x + bias with W R in 4 bits: x is rotated on the way in, so what `quantized` stands for is W R.
 
     base: a Linear4bit made from rotated weights. signs: float32 (in_features,), as `random_signs` makes them.
-    What it costs: n log2 n additions for each row of x, beside 2 n m operations of the product.
+    What it costs: for n a power of two n log2 n additions for each row of x, beside 2 n m operations of the product.
     """
 
     def __init__(self, base: Linear4bit, signs: Tensor):
