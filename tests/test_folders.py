@@ -379,7 +379,7 @@ def test_sizes_are_read_as_people_write_them(size, expected):
     assert plan.bytes_of(size) == expected
 
 
-@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5 XB", "1e9"])
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "0.5", "5 XB", "1e9"])
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match="a size is a number of bytes, or as 5GB or 500MiB; got"):
         plan.bytes_of(size)

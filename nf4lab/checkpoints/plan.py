@@ -135,8 +135,9 @@ def _shard(name: str, file: TensorFile, tensors: list, stored: dict[str, Stored]
 
 
 def bytes_of(size: int | str | None) -> int | None:
-    """A size in bytes: 5000000, "5MB", "1.5 GiB". Raises ValueError for anything else."""
+    """A size in bytes, rounded down: 5000000, "5MB", "1.5 GiB". Raises ValueError for less than 1 and anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", "" if size is None else str(size).upper())
-    if size is not None and (not match or not float(match[1])):
+    nbytes = int(float(match[1]) * UNITS.get(match[2], 1)) if match else 0
+    if size is not None and not nbytes:
         raise ValueError(f"a size is a number of bytes, or as 5GB or 500MiB; got {size!r}")
-    return None if size is None else int(float(match[1]) * UNITS.get(match[2], 1))
+    return None if size is None else nbytes

@@ -83,9 +83,10 @@ def bof4_s(block_size: int = 64, metric: str = "mse") -> Tensor:
 def af4(block_size: int = 64) -> Tensor:
     """AF4, "abnormal float": float32 (16,), with -1, 0 and 1.
 
-    Seven negative and eight positive levels, each the median of its cell, for normal weights over their block's absmax,
-    every block counting the same. Zero takes no part in that: either side is optimised as if its innermost cell
-    reached to 0, and 0 is added as a level afterwards. Source: Yoshida 2023 (arXiv:2306.06965), section 4.
+    Seven negative and eight positive levels, each but the two ends the median of its cell, for normal weights over
+    their block's absmax, every block counting the same. Zero takes no part in that: either side is optimised as if its
+    innermost cell reached to 0, and 0 is added as a level afterwards. Source: Yoshida 2023 (arXiv:2306.06965),
+    section 4.
     """
     spread = lloyd.of_density(block_size, 0, signed=False)
     half = spread._replace(low=0.0, at_low=0.0)
