@@ -32,6 +32,7 @@ def test_bytes_requests_and_sectors_are_those_counted_by_hand():
     # even and odd elements are stored by two requests, each of which touches four sectors and fills half of them
     assert len(record.requests("out", "writes")) == 4 and record.sectors("out", "writes") == 16
     assert record.share_used("out", "writes") == 0.5
+    assert np.isnan(record.share_used("packed", "writes"))  # of nothing
     assert record.sectors("absmax", "reads") == 2 and record.bytes("absmax", "reads") == 256
     assert "writes out               256         4       16    50%" in str(record)
 

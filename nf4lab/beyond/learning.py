@@ -1,8 +1,8 @@
 """Learn: levels made for one layer, or for each row of it, by k-means on its own weights.
 
-Lloyd's algorithm on the weights as NF4 scales them, from NF4's levels: each level moves to the mean of what is rounded
-to it. Importance makes it a weighted mean: with the mean square of the inputs, a weight counts for as much as its
-error does in the output.
+Lloyd's algorithm on the weights as NF4 scales them, from NF4's levels (from even ones where there are not 16): each
+level moves to the mean of what is rounded to it. Importance makes it a weighted mean: with the mean square of the
+inputs, a weight counts for as much as its error does in the output.
 
 Sources: Lloyd 1957/1982; any4 (arXiv:2507.04610), a table a row weighted by activations; SqueezeLLM (arXiv:2306.07629).
 """
@@ -21,7 +21,7 @@ STEPS = 2000  # at most; on each matrix of the book's two models no level moves 
 def learn_format(
     w: Tensor, block_size: int = 64, importance: Tensor | None = None, name: str = "learned", n_levels: int = 16
 ) -> Format:
-    """An absmax format with the levels of least squared error that Lloyd's algorithm finds for w, from NF4's.
+    """An absmax format with the levels of least squared error that Lloyd's algorithm finds for w from where it starts.
 
     importance: float (in,) or of w's shape, what a squared error counts; None for 1. The levels are one table for the
     whole of w. Raises TypeError for what is no tensor, ValueError for weights or importance that are not finite or too
@@ -58,7 +58,7 @@ class RowTables:
 
 
 def learn_rows(w: Tensor, block_size: int = 64, importance: Tensor | None = None, n_levels: int = 16) -> RowTables:
-    """w (out, in) with a table a row: Lloyd's algorithm on each row's own weights, from NF4's levels.
+    """w (out, in) with a table per row: Lloyd's algorithm on each row's own weights.
 
     importance: as for `learn_format`. Raises as that, and ValueError where block_size does not divide the columns.
     """
@@ -76,7 +76,8 @@ def learn_rows(w: Tensor, block_size: int = 64, importance: Tensor | None = None
 
 
 def k_means(points: Tensor, weight: Tensor, levels: Tensor, steps: int = STEPS) -> Tensor:
-    """Lloyd's algorithm for each row by itself: levels float32 (rows, n_levels), ascending, when none moves any more.
+    """Lloyd's algorithm for each row by itself: levels float32 (rows, n_levels), ascending, when none moves any
+    more, or after so many steps.
 
     points, weight: (rows, n). levels: (rows, n_levels), ascending, the start. A level that nothing is rounded to stays.
     Sorting once makes a step cheap: the points of a level are a run, and its mean a difference of running sums.

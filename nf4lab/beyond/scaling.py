@@ -25,9 +25,10 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
     """(s, alpha): the scales float32 (in,) of least output error on the grid, and the alpha that they come from.
 
     rounded: from weights to what they are decoded to, such as lambda w: nf4lab.quantize(w).dequantize().
-    alpha = 0, no scaling, is tried too, so nothing is lost on the inputs that made the hessian; of more than 1,536 rows
-    that many judge, evenly spaced. s has a geometric mean of 1 over its range, sqrt(max s * min s). Raises as
-    `check_hessian`, and ValueError where rounded changes the shape or no alpha gives an error that is a number.
+    All rows of w judge, of more than 1,536 that many, evenly spaced. alpha = 0, no scaling, is tried too, so on the
+    inputs that made the hessian the rows that judge lose nothing. s has a geometric mean of 1 over its range,
+    sqrt(max s * min s). Raises as `check_hessian`, and ValueError where rounded changes the shape or no alpha gives an
+    error that is a number.
     """
     hessian = check_hessian(hessian, w).float()
     mean_square = hessian.diagonal()

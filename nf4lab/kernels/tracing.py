@@ -13,6 +13,7 @@ barrier stands between them (as NVIDIA's compute-sanitizer racecheck has it). Tw
 
 import dis
 import inspect
+import math
 import operator
 import sys
 import threading
@@ -85,9 +86,13 @@ class Trace:
         return sum(len({i * width // SECTOR_BYTES for i in request}) for request in self.requests(array, verb))
 
     def share_used(self, array: str, verb: str) -> float:
-        """Of the bytes in those sectors, the share that the warps asked for: 1.0 is perfectly coalesced."""
+        """Of the bytes in those sectors, the share that the warps asked for: 1.0 is perfectly coalesced.
+
+        NaN where nothing was asked for.
+        """
         wanted = sum(len(set(request)) for request in self.requests(array, verb)) * self.arrays[array].itemsize
-        return wanted / (SECTOR_BYTES * self.sectors(array, verb))
+        moved = SECTOR_BYTES * self.sectors(array, verb)
+        return wanted / moved if moved else math.nan
 
     def __str__(self) -> str:
         lines = ["array                  bytes  requests  sectors   used"]

@@ -16,7 +16,7 @@ class Linear4bit(Stored4bit):
     weight: a QuantizedTensor of shape (out_features, in_features), in any format; its tensors become buffers, and
     move with the module. `.to(dtype)` leaves them as they are, and changes what `weight` decodes to.
     bias: (out_features,), or None. compute_dtype: the dtype that W_hat, x and bias are multiplied in; by default x's.
-    The result has x's dtype. Under autocast both defaults are autocast's dtype.
+    The result has x's dtype. Under autocast, autocast's dtype stands for x's in both.
 
     On an NVIDIA GPU a few rows of x (`nf4lab.kernels.cuda.crossover` says how many, at most 128) take the fused kernel
     `nf4lab.kernels.cuda.gemv` where it serves format and dtype; everything else dequantizes, multiplies and forgets.
