@@ -7,8 +7,8 @@ occurs twice, and writes FOLDER/train.jsonl, pages.jsonl and manual.jsonl, a doc
 from, pages held out of the same manuals, and the pages of manuals of which none is learned. It needs lxml.
 
 Prose is headings, paragraphs and list items; code, tables and navigation are left out. A paragraph is dropped where
-most of its runs of six words have occurred before, in any document: so the held-out documents repeat hardly a run of
-what is learned, and the last lines printed say how many they do.
+more than three in ten of its runs of six words have occurred before, in any document: so the held-out documents repeat
+hardly a run of what is learned, and the last lines printed say how many they do.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def runs(paragraph: str) -> list[int]:
 
 
 def unseen(paragraphs: Iterable[str], seen: set[int]) -> list[str]:
-    """The paragraphs most of whose runs have not occurred before; their runs are added to those seen."""
+    """The paragraphs of whose runs at most three in ten have occurred before; all runs are added to those seen."""
     kept = []
     for paragraph in paragraphs:
         found = runs(paragraph)
