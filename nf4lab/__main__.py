@@ -1,8 +1,9 @@
 """The command line: `nf4lab quantize IN OUT`, `nf4lab inspect FILE`, `nf4lab compare FILE`; or `python -m nf4lab …`.
 
 Exit status: 0 where the work is done; 1 for files, and what is in them, that can't be worked on, with one line on
-stderr; 2 for a command line that makes no sense; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Whatever the
-status but 0, nothing stands under the name of the output. 141 is for a pipe whose reader left before it was told.
+stderr; 2 for a command line that makes no sense; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Whatever these
+but 0, nothing new stands under the name of the output. 141 is for a pipe whose reader left before it was told: then
+the work is done.
 """
 
 import argparse

@@ -171,6 +171,15 @@ def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path)
         assert run.stderr.read() == b"" and run.wait() == (141 if more else 1)  # rich ends a table's command itself
 
 
+def test_a_reader_that_left_finds_the_file_that_was_written(tmp_path):
+    safetensors.torch.save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    command = [sys.executable, "-m", "nf4lab", "quantize", tmp_path / "in.safetensors", tmp_path / "out.safetensors"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run.stdout.close()
+    assert run.wait() == 141
+    assert isinstance(nf4lab.load_quantized(tmp_path / "out.safetensors")["a.weight"], nf4lab.QuantizedTensor)
+
+
 def test_inspect_and_compare_speak_json(checkpoint, tmp_path, capsys):
     main(["quantize", str(checkpoint), str(tmp_path / "out"), "--format", "int4", "--quiet"])
     capsys.readouterr()

@@ -60,8 +60,8 @@ def quantize_checkpoint(
     block_size: by default the format's own, 64 for NF4. max_shard_size: make target a folder with shards of at most so
     many bytes, an integer or as "5GB"; without it a shard is split only where its header would be too long for readers.
     device: where to quantize; all give the same bytes, but for double-quantized constants (see nf4lab.DoubleQuant).
-    scheduler: the address of a Dask scheduler, whose workers see the same files and write
-    the shards. progress: show a bar.
+    scheduler: the address of a Dask scheduler, whose workers see the same files and write the shards of a folder; a
+    target that is one file is written here. progress: show a bar.
 
     At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights. target
     takes its name only when it is complete. A config.json gets the `quantization_config` by which transformers reads

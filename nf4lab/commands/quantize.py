@@ -40,7 +40,7 @@ def add_to(subparsers) -> None:
     option("--device", default="cpu", help="where to quantize: cpu, cuda, cuda:1; by default cpu. The bytes "
            "are the same, but for --double-quant, where the last bit of a mean may differ")  # fmt: skip
     option("--scheduler", metavar="ADDRESS", help="have the workers of a Dask cluster, which see the same files, write "
-           "the shards: tcp://host:8786")  # fmt: skip
+           "the shards of a folder: tcp://host:8786")  # fmt: skip
     option("--clean", action="store_true", help="first remove what killed runs left on their way to OUT")
     option("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
