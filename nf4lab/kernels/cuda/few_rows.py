@@ -22,7 +22,7 @@ import functools
 
 from numba import config, cuda, float32, int32, uint32
 
-from .gemm_kernels import PAIRS, fill_tables, place_of, read_tables
+from .gemm_kernels import TABLES, fill_tables, place_of, read_tables
 from .gemv_kernels import finish
 from .intrinsics import (
     barrier_arrive,
@@ -59,7 +59,7 @@ STAGE = 16 * PITCH
 @functools.cache
 def kernel(stages):
     """v5 with a ring of so many stages."""
-    full = PAIRS
+    full = TABLES
     empty = full + 2 * stages
     ring = full + 16
     sums_at = ring + stages * STAGE
@@ -213,4 +213,4 @@ def kernel(stages):
 
 
 def shared_bytes(rows, tiles, stages):
-    return 4 * (PAIRS + 16 + stages * STAGE + WARPS * 16 * tiles * rows)
+    return 4 * (TABLES + 16 + stages * STAGE + WARPS * 16 * tiles * rows)

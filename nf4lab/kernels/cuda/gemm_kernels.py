@@ -51,6 +51,7 @@ from .intrinsics import (
 )
 
 PAIRS = 256 * 64  # words: for each byte a copy of its pair for every lane, and 32 words unused
+TABLES = PAIRS + 256  # and what the 8-bit codes of a double-quantized absmax stand for
 COLUMNS = 64  # of W that a warp takes in a step
 
 
@@ -94,7 +95,7 @@ class Layout(NamedTuple):
 
     def shared_bytes(self, rows):
         sums = 4 * self.warps_along * rows * (16 * self.tiles + 4)
-        return 4 * PAIRS + max(self.stages * self.stage_bytes, sums)
+        return 4 * TABLES + max(self.stages * self.stage_bytes, sums)
 
 
 @cuda.jit(device=True, inline="always")
@@ -110,7 +111,7 @@ def read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded):
 def fill_tables(shared, nested, thread, threads, pairs, decoded):
     """shared[64 byte + lane] = the two levels of `byte` in the type of x, high nibble (the even element) lower.
 
-    Between the pairs, at place_of(code), what an 8-bit code of a double-quantized absmax stands for.
+    After the pairs, at place_of(code), what an 8-bit code of a double-quantized absmax stands for.
     """
     for i in range(max(1, 256 // threads)):
         byte = int32((thread + i * threads) & 255)
@@ -122,7 +123,7 @@ def fill_tables(shared, nested, thread, threads, pairs, decoded):
 
 @cuda.jit(device=True, inline="always")
 def place_of(code):
-    return uint32(uint32(64) * code + uint32(32) + (code & uint32(31)))
+    return uint32(uint32(PAIRS) + code)
 
 
 @cuda.jit(device=True, inline="always")
@@ -147,7 +148,7 @@ def put_down(shared, sums, first, eights, along_at, first_row, x_rows, pitch, ro
         for e in range(4):
             row_of_x = int32(first_row + 8 * f + 2 * t + (e & 1))
             if row_of_x < x_rows:
-                place = int32(PAIRS + (along_at * x_rows + row_of_x) * pitch + row + 8 * (e >> 1))
+                place = int32(TABLES + (along_at * x_rows + row_of_x) * pitch + row + 8 * (e >> 1))
                 shared[uint32(place)] = float_bits(sums[first + 4 * f + e])
 
 
@@ -158,7 +159,7 @@ def add_up(shared, along, x_rows, pitch, thread, threads, row_0, row_count, n, b
         for row in range(thread & 31, row_count, 32):
             total = float32(0)
             for w in range(along):
-                total += bits_float(shared[uint32(int32(PAIRS + (w * x_rows + row_of_x) * pitch + row))])
+                total += bits_float(shared[uint32(int32(TABLES + (w * x_rows + row_of_x) * pitch + row))])
             finish(y, bias, has_bias, row_of_x * n + row_0 + row, row_0 + row, total)
 
 
@@ -191,7 +192,7 @@ def kernel(layout):
     parts = 2 if halves else 1  # of a tile's columns that have an absmax of their own
     pieces = 2 // parts  # their length, in 32 columns
     sum_count, b_words, all_sums, scale_count = 4 * eights, 8 * eights, 4 * eights * tiles_a_warp, 2 * parts
-    ring = 4 * PAIRS
+    ring = 4 * TABLES
     last_stage = (stages - 1) * stage_bytes
     in_flight = stages - 2
     bytes_a_thread = max(1, 256 // threads)

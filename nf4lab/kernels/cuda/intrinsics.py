@@ -29,9 +29,10 @@
     next_kernel_may_start()  the next kernel may be launched, if it waits by itself (PTX: griddepcontrol)
     sync_threads(b, count)   `count` threads, whole warps, wait for each other at barrier b of 1 to 15
     copies_seen()            what this thread copied into shared memory is seen by the tensor cores' own reads of it
-    multiply_by_warpgroup(x, shared, products, a, b_at, eights)  four warps' step over 64 columns (PTX: wgmma):
+    start_products(x, shared, products, a, b_at, eights)  set under way: four warps' step over 64 columns (wgmma):
                              products (4 eights) = A B, A's 16 words a lane in a, B (8 eights rows of 128 bytes, pieces
                              swizzled) from byte b_at of shared memory on, a multiple of 1,024
+    products_there(products, eights)  waits until they are there; nobody may touch a or products before
 """
 
 from numba import config

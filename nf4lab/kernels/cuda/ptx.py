@@ -501,6 +501,18 @@ def copy16(typing, shared, address, data, i):
 
 
 @intrinsic
+def copy16_or_zeros(typing, shared, address, data, i, there):
+    def emit(context, builder, signature, args):
+        target = context.cast(builder, args[1], address, types.int32)
+        source = builder.ptrtoint(at(context, builder, data, args[2], i, args[3], V4), I64)
+        size = builder.select(args[4], ir.Constant(I32, 16), ir.Constant(I32, 0))
+        command(builder, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r,~{memory}", [target, source, size])
+        return context.get_dummy_value()
+
+    return types.void(shared, address, data, i, types.boolean), emit
+
+
+@intrinsic
 def copies_go(typing):
     def emit(context, builder, signature, args):
         command(builder, "cp.async.commit_group;", "~{memory}", [])
@@ -616,9 +628,9 @@ SWIZZLED_ROWS = (
 
 
 def warpgroup_steps(count, name):
-    """PTX: products ($0…) = A (16 words a lane, after them) times B, whose descriptor's lower half is the last operand.
+    """PTX: set under way products ($0…) = A (16 words a lane, after them) times B, whose descriptor comes last.
 
-    Four steps of 16 columns; each moves B's start by 32 bytes. The results are there when it ends.
+    Four steps of 16 columns; each moves B's start by 32 bytes (the descriptor's lower half, an operand, counts by 16).
     """
     sums = ", ".join(f"${k}" for k in range(4 * count))
     lines = [
@@ -631,11 +643,11 @@ def warpgroup_steps(count, name):
         shape, adds = f"m64n{8 * count}k16.f32.{name}.{name}", "on" if step else "fresh"
         lines.append(f"mov.b64 b, {{low, high}}; add.u32 low, low, 2; wgmma.mma_async.sync.aligned.{shape}")
         lines.append(f"{{{sums}}}, {{{a}}}, b, {adds}, 1, 1, 0;")
-    return " ".join([*lines, "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"])
+    return " ".join([*lines, "wgmma.commit_group.sync.aligned; }"])
 
 
 @intrinsic
-def multiply_by_warpgroup(typing, x, shared, products, a, b_at, eights):
+def start_products(typing, x, shared, products, a, b_at, eights):
     if not isinstance(eights, types.IntegerLiteral):
         return None
     count = eights.literal_value
@@ -647,12 +659,35 @@ def multiply_by_warpgroup(typing, x, shared, products, a, b_at, eights):
         text = warpgroup_steps(count, "f16" if x.dtype == types.float16 else "bf16")
         constraints = ",".join(["=&f"] * 4 * count + ["r"] * 17)
         sums = command(builder, text, constraints, [*fragments, low], ir.LiteralStructType([F32] * 4 * count))
-        base = pointer_to(context, builder, products, args[2], F32)
-        for k in range(4 * count):
-            builder.store(builder.extract_value(sums, k), builder.gep(base, [ir.Constant(I64, k)]))
+        store_floats(context, builder, products, args[2], sums, 4 * count)
         return context.get_dummy_value()
 
     return types.void(x, shared, products, a, types.int32, eights), emit
+
+
+def store_floats(context, builder, kind, array, values, count):
+    """The floats of an LLVM structure into a local array."""
+    base = pointer_to(context, builder, kind, array, F32)
+    for k in range(count):
+        builder.store(builder.extract_value(values, k), builder.gep(base, [ir.Constant(I64, k)]))
+
+
+@intrinsic
+def products_there(typing, products, eights):
+    if not isinstance(eights, types.IntegerLiteral):
+        return None
+    count = 4 * eights.literal_value
+
+    def emit(context, builder, signature, args):
+        command(builder, "wgmma.wait_group.sync.aligned 0;", "~{memory}", [])
+        base = pointer_to(context, builder, products, args[0], F32)
+        values = [builder.load(builder.gep(base, [ir.Constant(I64, k)])) for k in range(count)]
+        constraints = ",".join(["=f"] * count + [str(k) for k in range(count)])  # nobody reads them before this
+        same = command(builder, "// products", constraints, values, ir.LiteralStructType([F32] * count))
+        store_floats(context, builder, products, args[0], same, count)
+        return context.get_dummy_value()
+
+    return types.void(products, eights), emit
 
 
 def on_barrier(text):

@@ -189,6 +189,10 @@ def shifted(number, by):
     return int(number) >> int(by)
 
 
+def copy16_or_zeros(shared, address, data, i, there):
+    bytes_of(shared)[int(address) : int(address) + 16] = bytes_of(data)[16 * int(i) : 16 * int(i) + 16] if there else 0
+
+
 def copies_go():
     """Copies are made at once here."""
 
@@ -301,7 +305,7 @@ def multiply_tile(x, sums, first, *fragments):
         sums[first + n] += c[place]
 
 
-def multiply_by_warpgroup(x, shared, products, a, b_at, eights):
+def start_products(x, shared, products, a, b_at, eights):
     """Lane (g, t) of each warp brings A as four times for `multiply_tile`; B lies in shared memory.
 
     Row n of B: 128 bytes at b_at + 128 n, its piece of 16 bytes p at place p ^ (n & 7).
@@ -316,6 +320,10 @@ def multiply_by_warpgroup(x, shared, products, a, b_at, eights):
         for step in range(4):
             b = words[8 * step + t], words[8 * step + 4 + t]
             multiply_tile(x, products, 4 * eight, *a[4 * step : 4 * step + 4], *b)
+
+
+def products_there(products, eights):
+    pass
 
 
 def from_lane(value, lane):
