@@ -212,8 +212,8 @@ def dequantize(
     """The tensor that q stands for, in its shape and in `dtype` (default: that of out, or else the original's).
 
     Each value is computed in float32, location + scale * level, and rounded once to `dtype`.
-    out: a contiguous tensor of q's shape, on q's device, to write to and return; it saves the allocation, which takes
-    longer than the arithmetic. backend: as for `quantize`.
+    out: a contiguous tensor of q's shape, on q's device, to write to and return; it saves the allocation, and
+    clearing what is allocated. backend: as for `quantize`.
 
     Raises TypeError unless q is a QuantizedTensor and dtype one of float32, float16, bfloat16, float64; ValueError
     where out or the backend does not fit.
