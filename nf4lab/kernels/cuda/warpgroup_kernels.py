@@ -1,10 +1,10 @@
-"""y = x W^T + bias for 1 to 128 rows of x and a packed 4-bit weight W (n, k): v6, in use above v4's rows on sm_90.
+"""y = x W^T + bias for 1 to 128 rows of x and a packed 4-bit weight W (n, k): v6, in use on sm_90 above few rows.
 
 Hopper's tensor cores take their steps from four warps at once, a warpgroup: A (64 rows of W, 16 columns) from its
 registers, B (16 columns, all rows of x) straight from shared memory. So nobody reads x into registers, a step covers
-up to 128 rows of x, and while one warpgroup's step is on its way the others look levels up.
+up to 128 rows of x, and while one warpgroup's products are on their way the others look levels up.
 
-            columns of W: 128 a step                    one warpgroup: 4 tiles of 16 rows, a tile a warp
+            columns of W: 2 or 4 blocks of 64 a step     one warpgroup: 4 tiles of 16 rows, a tile a warp
             warpgroups 0, 1   warpgroups 2, 3 …
     tiles   ┌───────────────┬───────────────┬──         A   lane (g, t): rows g and g + 8 of its warp's tile;
     0 … 3   │ warpgroup 0   │ warpgroup 2   │               of 16 columns 2t, 2t + 1 and 2t + 8, 2t + 9
@@ -12,8 +12,9 @@ up to 128 rows of x, and while one warpgroup's step is on its way the others loo
             └───────────────┴───────────────┴──             lies at place p ^ (n & 7): no bank is met twice
 
 The columns must keep their order here, for B is read as it was copied. So lane (g, t) gets whole words of codes, eight
-columns each, as its three neighbours do, and takes byte t of each. The warpgroups of the same columns share a ring of
-stages and wait for each other only. Table, absmax and the sum at the end are those of `gemm_kernels`.
+columns each, as its three neighbours do, and takes byte t of each. The warpgroups of the same columns share two stages,
+one that is multiplied and one that is filled, and wait for each other only. All take as many steps: past the last
+column x is zeros. Tables, absmax and the sum at the end are those of `gemm_kernels`.
 """
 
 import functools
@@ -43,13 +44,14 @@ from .intrinsics import (
 
 MOST_ROWS = 128
 WARPGROUP = 128  # threads
+STAGES = 2
 SWIZZLE = 1024  # bytes: where the pattern of B's pieces begins anew
 
 
 class Layout(NamedTuple):
     """How a thread block is cut: warpgroups over tiles and over columns, tiles, eights of x's rows.
 
-    And its steps: blocks of 64 columns in one (2 or 4), stages of the ring.
+    And how many blocks of 64 columns make a step: 2 or 4.
     """
 
     down: int
@@ -57,7 +59,6 @@ class Layout(NamedTuple):
     tiles: int
     eights: int
     blocks: int
-    stages: int
 
     @property
     def threads(self):
@@ -79,7 +80,7 @@ class Layout(NamedTuple):
 
     def shared_bytes(self, rows):
         sums = 4 * self.along * rows * (16 * self.tiles + 4)
-        return 4 * TABLES + max(self.along * self.stages * self.stage_bytes, sums)
+        return 4 * TABLES + max(self.along * STAGES * self.stage_bytes, sums)
 
 
 def layouts(eights, tiles):
@@ -89,22 +90,19 @@ def layouts(eights, tiles):
     down = 2 if tiles > 4 else 1
     along = 1 if config.ENABLE_CUDASIM else (4 if eights <= 8 else 2) // down  # more rows need more registers
     ways = [along >> less for less in range(3) if along >> less]  # fewer where shared memory is short
-    return [Layout(down, way, tiles, eights, *ring) for way in ways for ring in ((4, 2), (2, 3), (2, 2))]
+    return [Layout(down, way, tiles, eights, blocks) for way in ways for blocks in (4, 2)]
 
 
 @functools.cache
 def kernel(layout):
     """v6 for one Layout."""
-    down, along, tiles, eights, blocks, stages = layout
+    down, along, tiles, eights, blocks = layout
     threads, x_bytes, w_pitch, stage_bytes = layout.threads, layout.x_bytes, layout.w_pitch, layout.stage_bytes
     together = WARPGROUP * down  # threads that share columns
     w_vectors, x_vectors = 2 * blocks, 8 * blocks  # 16 bytes each: in a step's row of codes, of x
     w_at_once, x_at_once = together // w_vectors, together // x_vectors  # rows
     most_w, most_x = -(-16 * tiles // w_at_once), -(-8 * eights // x_at_once)
     sum_count = 4 * eights
-    ring = 4 * TABLES
-    last_stage = (stages - 1) * stage_bytes
-    in_flight = stages - 2
     bytes_a_thread = max(1, 256 // threads)
     w_on, x_on = w_vectors * along, x_vectors * along  # from a step to the next of the same warpgroups
     rows_a_line = 4 // blocks  # of the codes, in 128 bytes of shared memory
@@ -177,14 +175,14 @@ def kernel(layout):
         lane, warp = int32(thread & 31), int32(thread >> 5)
         g, t = int32(lane >> 2), int32(lane & 3)
         tile, member = int32(warp % (4 * down)), int32(thread % together)
-        along_at = from_lane(int32(warp // (4 * down)), 0) if along > 1 else int32(0)  # the compiler sees: of a warp
+        along_at = from_lane(int32(warp // (4 * down)), 0)  # so that the compiler sees: one for a warp
         lane_bytes, selector = uint32(4 * lane), uint32(0x7604 + 16 * t)
         x_rows, k_8, k_32, last_row = int32(rows), int32(k >> 3), int32(k >> 5), int32(n - 1)
         shift, shift_2 = int32(block_shift - 5), int32(group_shift)
         row_0 = int32(cuda.blockIdx.x * 16 * tiles)
         row_count = min(int32(16 * tiles), int32(last_row + 1 - row_0))
-        steps = int32((int32((k_32 + (w_vectors - 1)) // w_vectors) - along_at + (along - 1)) // along)
-        start = int32(shared_start(shared) + ring + along_at * stages * stage_bytes)
+        steps = int32((k_32 + (w_on - 1)) // w_on)
+        start = int32(shared_start(shared) + 4 * TABLES + along_at * STAGES * stage_bytes)
         w_row, w_vector = int32(member // w_vectors), int32(member % w_vectors)
         x_row, x_vector = int32(member // x_vectors), int32(member % x_vectors)
         for j in range(most_w):
@@ -199,12 +197,7 @@ def kernel(layout):
         next_kernel_may_start()
         read_tables(x, levels, code_map, nested, thread, threads, pairs, decoded)
         smallest = offset[0]
-        for s in range(stages - 1):
-            copy_step(
-                shared, int32(w_to + s * stage_bytes), packed, w_from, w_ahead, w_row, k_32,
-                int32(x_to + s * stage_bytes), x, x_from, x_ahead, x_row, k_8,
-            )  # fmt: skip
-            w_ahead, x_ahead = int32(w_ahead + w_on), int32(x_ahead + x_on)
+        copy_step(shared, w_to, packed, w_from, w_ahead, w_row, k_32, x_to, x, x_from, x_ahead, x_row, k_8)
         for h in range(2):
             coded[h], read[h] = uint32(0), float32(0)  # of a block past the end
             scale_row[h] = int32(min(int32(row_0 + 16 * tile + 8 * h + g), last_row) * k_32)
@@ -216,17 +209,16 @@ def kernel(layout):
         a_at = int32(start + x_bytes + (16 * tile + g) * w_pitch)
         places, there = place_in_row(int32(0), g), tile < tiles
         cuda.syncthreads()
-        use, fill = int32(0), int32(last_stage)  # the stages, in bytes from the first
+        use, fill = int32(0), int32(stage_bytes)  # the stages, in bytes from the first
         for _ in range(steps):
-            copies_done(in_flight)
+            copies_done(0)
             copies_seen()
             sync_threads(int32(along_at + 1), together)
+            w_ahead, x_ahead = int32(w_ahead + w_on), int32(x_ahead + x_on)
             copy_step(
                 shared, int32(w_to + fill), packed, w_from, w_ahead, w_row, k_32,
                 int32(x_to + fill), x, x_from, x_ahead, x_row, k_8,
             )  # fmt: skip
-            w_ahead, x_ahead = int32(w_ahead + w_on), int32(x_ahead + x_on)
-            fill = int32(fill + stage_bytes) if fill < last_stage else int32(0)
             for h in range(2):
                 scales[h] = read[h]
                 if nested:
@@ -247,7 +239,7 @@ def kernel(layout):
                 multiply_block(
                     x, shared, 3, there, at, places, b_at, selector, lane_bytes, words, a, products, scales, lane, sums
                 )
-            use = int32(use + stage_bytes) if use < last_stage else int32(0)
+            use, fill = fill, use
         copies_done(0)
         cuda.syncthreads()
         pitch = int32(16 * tiles + 4)
