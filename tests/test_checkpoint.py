@@ -139,6 +139,34 @@ def test_anything_but_a_tensor_is_refused(tmp_path):
         nf4lab.save_quantized(tmp_path / "a.safetensors", {"w": [1.0]})
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "error", "match"),
+    [
+        (1, torch.ones(2), TypeError, "a tensor's name must be a string; got 1"),
+        ("__metadata__", torch.ones(2), ValueError, "'__metadata__' is no tensor's"),
+        ("w", torch.eye(2).to_sparse(), ValueError, "'w' must be dense and have data; got torch.sparse_coo on cpu"),
+        ("w", torch.ones(2, device="meta"), ValueError, "got torch.strided on meta"),
+    ],
+)
+def test_what_no_reader_could_open_is_not_written(tmp_path, name, tensor, error, match):
+    with pytest.raises(error, match=match):
+        nf4lab.save_quantized(tmp_path / "a.safetensors", {name: tensor})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conjugate_is_saved_as_the_numbers_that_it_is(tmp_path):
+    z = torch.tensor([1 + 2j, 3j], dtype=torch.complex64).conj()
+    nf4lab.save_quantized(tmp_path / "a.safetensors", {"z": z})
+    assert torch.equal(nf4lab.load_quantized(tmp_path / "a.safetensors")["z"], z)
+
+
+def test_a_model_of_another_shape_is_refused_by_the_tensors_name(tmp_path):
+    tensors = {"0.weight": nf4lab.quantize(weight(8, 64)), "0.bias": torch.ones(8)}
+    nf4lab.save_quantized(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"tensor '0\.weight' has shape \(8, 64\); the model's is \(4, 64\)"):
+        nf4lab.load_model_(torch.nn.Sequential(torch.nn.Linear(64, 4)), tmp_path / "a.safetensors")
+
+
 # bitsandbytes
 
 

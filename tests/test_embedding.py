@@ -82,12 +82,20 @@ def test_torch_compile_and_export_see_one_graph(device):
     torch.library.opcheck(torch.ops.nf4lab.lookup.default, (ids, layer.stored(), layer.layout, torch.bfloat16))
 
 
+class Scaled(nn.Embedding):
+    """A table whose rows come scaled, as Gemma 3's."""
+
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
         (lambda: nf4lab.Embedding4bit(torch.zeros(3, 4)), TypeError, "weight must be a QuantizedTensor; got Tensor"),
         (lambda: nf4lab.Embedding4bit(nf4lab.quantize(torch.zeros(4))), ValueError, r"embedding_dim\); got \(4,\)"),
         (lambda: nf4lab.Embedding4bit.from_embedding(nn.Linear(3, 4)), TypeError, "got Linear"),
+        (lambda: nf4lab.Embedding4bit.from_embedding(Scaled(3, 4)), TypeError, "got Scaled"),
         (lambda: nf4lab.Embedding4bit.from_embedding(table(max_norm=1.0)), ValueError, "max_norm=1.0"),
         (lambda: nf4lab.Embedding4bit.from_embedding(nn.Embedding(3, 4, device="meta")), ValueError, "meta device"),
         (lambda: lookup([23]), IndexError, r"ids must be in 0..22; got 23 to 23"),

@@ -249,6 +249,19 @@ def test_a_shared_layer_counts_every_use_and_an_unused_one_is_left_out():
     assert torch.allclose(found["0"], rows.T @ rows / 8, rtol=1e-5, atol=1e-6)
 
 
+def test_a_conv1d_is_calibrated_and_corrected_as_the_linear_layer_that_it_is():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    models = [nn.Sequential(pytorch_utils.Conv1D(32, 64)), nn.Sequential(nn.Linear(64, 32, bias=False))]
+    models[1][0].weight = nn.Parameter(models[0][0].weight.detach().T.contiguous())
+    plain, x = nf4lab.quantize(models[1][0].weight), torch.randn(500, 64) @ torch.randn(64, 64)
+    found = [calibrate(model, [x]) for model in models]
+    assert torch.equal(found[0]["0"], found[1]["0"])
+    for model, hessians in zip(models, found, strict=True):
+        nf4lab.quantize_model_(model, hessians=hessians, progress=False)
+    assert torch.equal(models[0][0].packed, models[1][0].packed) and not torch.equal(models[0][0].packed, plain.packed)
+
+
 def test_no_batch_and_inputs_that_are_not_finite_are_refused():
     model = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no batch to calibrate with"):

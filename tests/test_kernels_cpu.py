@@ -326,6 +326,15 @@ def test_arrays_that_do_not_fit_are_refused(bytes_, scales, locations):
 def test_a_block_size_that_does_not_divide_a_chunk_is_refused():
     with pytest.raises(ValueError, match="block_size must divide 4096; got 48"):
         run_quantize(cpu.quantize, np.zeros(96, np.float32), nf4lab.FORMATS["nf4"], 48, cpu.ABSMAX)
+    with pytest.raises(ValueError, match="block_size must divide 4096; got 0"):
+        cpu.check_lengths(96, 0, np.zeros(2), np.zeros(0), np.zeros(48))
+
+
+def test_min_max_without_room_for_its_locations_is_refused():
+    table = cpu.codebook_table(np.zeros(1, np.float32), [0, 1])
+    scale, location, packed = np.zeros(2, np.float32), np.zeros(0, np.float32), np.zeros(64, np.uint8)
+    with pytest.raises(ValueError, match="a location for each of 2 blocks; there is room for 0"):
+        cpu.quantize(np.ones(128, np.float32), cpu.FLOAT32, table, cpu.MIN_MAX, 64, scale, location, packed)
 
 
 def test_arrays_may_be_read_only_where_they_are_only_read():

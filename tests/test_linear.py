@@ -574,6 +574,13 @@ def test_the_bias_is_shared_and_the_mode_kept():
 # --- refusals
 
 
+class Doubled(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -586,6 +593,7 @@ def test_the_bias_is_shared_and_the_mode_kept():
         ),
         (lambda: quantized(compute_dtype=torch.int8), TypeError, "compute_dtype must be float32.*got torch.int8"),
         (lambda: nf4lab.Linear4bit.from_linear(nn.Conv1d(1, 1, 1)), TypeError, "got Conv1d"),
+        (lambda: nf4lab.Linear4bit.from_linear(Doubled(3, 4)), TypeError, "got Doubled"),
         (lambda: nf4lab.Linear4bit.from_linear(nn.Linear(3, 4, device="meta")), ValueError, "meta device"),
         (lambda: quantized()(normal(100, 37)), ValueError, r"100 features in its last dimension; got \(100, 37\)"),
         (lambda: quantized()(torch.zeros(3, 100, dtype=torch.int64)), TypeError, "got torch.int64"),

@@ -121,9 +121,11 @@ def test_sparse_and_8_bit_inputs_signs_in_a_list_and_what_is_no_layer_are_refuse
         rotate(torch.ones(2, 4), [1.0] * 4)
     with pytest.raises(TypeError, match=r"layer must be a torch\.nn\.Linear; got Conv1d"):
         RotatedLinear.from_linear(torch.nn.Conv1d(2, 2, 1))
+    with pytest.raises(TypeError, match=r"layer must be a torch\.nn\.Linear; got Other"):
+        RotatedLinear.from_linear(type("Other", (torch.nn.Linear,), {"forward": lambda self, x: x})(4, 4))
 
 
-@pytest.mark.parametrize("order", [0, -4, 3, 92])
+@pytest.mark.parametrize("order", [0, -4, 3, 92, 2 * (5**4 + 1)])
 def test_a_matrix_that_is_not_known_is_refused(order):
     with pytest.raises(ValueError, match=f"no construction of a Hadamard matrix of order {order} is known here"):
         hadamard_matrix(order)
@@ -223,6 +225,22 @@ def test_a_model_with_layers_of_another_kind_is_refused_and_left(kind):
         nf4lab.quantize_model_(model, include="*.1.*_proj" if "last" in kind else "*_proj", progress=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"mlp\.up_proj as a plain torch\.nn\.Linear"):
+        fold_rotation_(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("kind", ["4 bits", "adapters"])
+def test_a_head_or_an_embedding_of_another_kind_is_refused_and_the_model_left(part, kind):
+    model = _tiny("Llama")
+    if kind == "4 bits":
+        nf4lab.quantize_model_(model, include=f"*{part}", progress=False)
+    elif part == "lm_head":
+        nf4lab.add_lora_(model, include=part)
+    else:
+        model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{part} as a plain torch\.nn\."):
         fold_rotation_(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear
+from nf4lab.choice import Choice, is_conv1d, is_plain_linear
+from nf4lab.layers.swap import choose_layers
 
 LARGEST = 1e18  # float32 has its square
 
@@ -21,8 +22,9 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
     """H = mean of x x^T over all inputs x that each linear layer saw, by dotted name: float32 (in, in), on its device.
 
     batches: what `model` is called with, one after the other: a mapping as keyword arguments, a tuple as positional
-    ones, anything else as the one argument. The model runs as it is: in eval mode where it should. Sums are made in
-    float64 batch by batch. include, exclude: as for `nf4lab.quantize_model_`. A layer that saw nothing is left out.
+    ones, anything else as the one argument. The model runs as it is: in eval mode where it should. The products of a
+    batch are summed in float32, the batches in float64. include, exclude: patterns of names, or functions of (name,
+    layer), among the torch.nn.Linear, heads too, and GPT-2's Conv1D. Fused experts, and what saw nothing, are left out.
 
     Raises TypeError for a model that is none and for one batch in place of an iterable of them, ValueError where no
     layer is chosen, where there is no batch, and, naming the layer, for an input that is not a floating-point tensor as
@@ -32,16 +34,16 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it in a list")
-    names = {id(model.get_submodule(n[0])): n[0] for n in choose_layers(model, is_plain_linear, include, exclude)}
+    names = {id(model.get_submodule(n[0])): n[0] for n in choose_layers(model, _is_linear, include, exclude)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def see(layer: nn.Module, inputs: tuple) -> None:
-        name, x = names[id(layer)], inputs[0]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (layer.in_features,):
+        name, x, width = names[id(layer)], inputs[0], layer.weight.shape[0 if is_conv1d(layer) else 1]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-1:] != (width,):
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"layer {name!r} takes a floating-point (…, {layer.in_features}); it was given {got}")
-        x = x.detach().reshape(-1, layer.in_features).float()
+            raise ValueError(f"layer {name!r} takes a floating-point (…, {width}); it was given {got}")
+        x = x.detach().reshape(-1, width).float()
         if not x.isfinite().all() or (x.numel() and x.abs().max() > LARGEST):
             raise ValueError(f"layer {name!r} was given an input that is not finite, or above {LARGEST:.2g}")
         if name not in sums:
@@ -61,6 +63,10 @@ def calibrate(model: nn.Module, batches: Iterable, *, include: Choice = "*", exc
     if not n_batches:
         raise ValueError("there is no batch to calibrate with")
     return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return is_plain_linear(layer) or is_conv1d(layer)
 
 
 def _call(model: nn.Module, batch) -> None:

@@ -89,6 +89,10 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Linear, list[nn.Module]]:
     missing += [f"model.{name}" for name in ("embed_tokens", "norm") if body is not None and not _has(body, name)]
     if body is not None and _has(body, "norm") and not _is_rms_norm(body.norm):
         missing.append(f"an RMSNorm as {type(body.norm).__name__}")
+    if isinstance(head, nn.Module) and not is_plain_linear(head):
+        missing.append("lm_head as a plain torch.nn.Linear")
+    if body is not None and _has(body, "embed_tokens") and type(body.embed_tokens) is not nn.Embedding:
+        missing.append("model.embed_tokens as a plain torch.nn.Embedding")
     missing += [lack for block in blocks for lack in _lacking(block)]
     if missing:
         lacks = ", ".join(dict.fromkeys(missing))

@@ -39,9 +39,9 @@ def quantize_language_model(
     """Quantize a causal language model of transformers from folder to folder; returns a row for each layer.
 
     rotate: the seed of a rotation to fold into the model (`nf4lab.beyond.folding`), None for none. text: what to
-    calibrate with, for error feedback in every linear layer (`nf4lab.quantize(…, hessian=…)`); None for none. Both
-    leave the format as it is, so transformers and bitsandbytes read NF4 and FP4. The other arguments are those of
-    `nf4lab.quantize_checkpoint`.
+    calibrate with, for error feedback in every linear layer (`nf4lab.quantize(…, hessian=…)`), not in fused experts;
+    None for none. Both leave the format as it is, so transformers and bitsandbytes read NF4 and FP4. The other
+    arguments are those of `nf4lab.quantize_checkpoint`.
 
     The whole model is in memory, and for calibration a float64 matrix as wide as its input for each layer.
 

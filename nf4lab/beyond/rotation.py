@@ -111,8 +111,8 @@ def _factor(n: int) -> int | None:
 def hadamard_matrix(m: int) -> Tensor:
     """A Hadamard matrix of order m, entries +-1: float32 (m, m), H H^T = m I.
 
-    m = 1 or 2, q + 1 for a prime power q = 3 mod 4 (Paley's first construction), or 2 (q + 1) for q = 1 mod 4 (his
-    second): the factors that `hadamard` needs beside a power of two. Raises ValueError for any other order.
+    m = 1 or 2, q + 1 for q = 3 mod 4 (Paley's first construction), or 2 (q + 1) for q = 1 mod 4 (his second), q a
+    prime, its square or cube: the factors that `hadamard` needs beside a power of two. Raises ValueError for any other.
     Source: R. E. A. C. Paley, On orthogonal matrices, 1933.
     """
     construction = _construction(m)
@@ -239,8 +239,8 @@ class RotatedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, *args, seed: int = 0, **kwargs) -> "RotatedLinear":
-        """The layer with its weight rotated, then quantized: arguments as for `Linear4bit.from_linear`."""
-        if not isinstance(layer, nn.Linear):
+        """The layer with its weight rotated, then quantized: arguments and errors as for `Linear4bit.from_linear`."""
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise TypeError(f"layer must be a torch.nn.Linear; got {type(layer).__name__}")
         signs = random_signs(layer.in_features, seed).to(layer.weight.device)
         rotated = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")

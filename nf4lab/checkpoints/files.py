@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nf4lab.blockwise import QuantizedTensor
@@ -29,12 +30,17 @@ def save_quantized(path: str | os.PathLike, tensors: dict[str, QuantizedTensor |
     The file takes its name only when it is complete; one that had the name before is replaced. bitsandbytes reads
     NF4 and FP4 in its block sizes, 32 and up, and says that it does not take 16.
 
-    Raises TypeError for anything that is not a tensor; ValueError for two tensors with one name, for a dtype that
-    safetensors lacks, and for a Format of one's own with a normalisation of one's own, which no file can hold.
+    Raises TypeError for anything that is not a tensor, and a name that is no string; ValueError for two tensors with
+    one name, for a dtype that safetensors lacks, for a tensor that is sparse or on the meta device, and for a Format of
+    one's own with a normalisation of one's own, which no file can hold.
     """
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor's name must be a string; got {name!r}")
         if not isinstance(tensor, QuantizedTensor | Tensor):
             raise TypeError(f"{name!r} must be a QuantizedTensor or a torch.Tensor; got {type(tensor).__name__}")
+        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
+            raise ValueError(f"{name!r} must be dense and have data; got {tensor.layout} on {tensor.device}")
     parts = [part for name, tensor in in_order(tensors.items()) for part in parts_of(name, tensor).items()]
     nbytes = sum(part.nbytes for _, part in parts)
     room = header_room((entry_room(name, tuple(part.shape), nbytes) for name, part in parts), METADATA)

@@ -192,11 +192,13 @@ class TensorWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor. Raises ValueError for a name that stands in the file already or a dtype it cannot hold."""
-        if name in self.nbytes:
-            raise ValueError(f"two tensors want the name {name!r}")
+        if name in self.nbytes or name == "__metadata__":
+            raise ValueError(
+                f"two tensors want the name {name!r}" if name in self.nbytes else f"{name!r} is no tensor's"
+            )
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name!r}: a safetensors file cannot hold {tensor.dtype}")
-        start, nbytes = self._at, self._file.write(tensor.ravel().view(torch.uint8).numpy(force=True))
+        start, nbytes = self._at, self._file.write(tensor.resolve_conj().ravel().view(torch.uint8).numpy(force=True))
         self._at, self.nbytes[name] = start + nbytes, nbytes
         self._entries.append(
             f'{as_json(name)}:{{"dtype":"{DTYPE_NAMES[tensor.dtype]}","shape":{list(tensor.shape)},'

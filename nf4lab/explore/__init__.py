@@ -147,7 +147,7 @@ def who_wins(matrices: dict[str, Tensor] | None = None) -> Explorable:
         "shown": SHOWN,
     }
     return Explorable(
-        "who_wins", data, "In blocks of 64 uniform beats NF4 on normal weights; at equal bits NF4 wins from 32 up."
+        "who_wins", data, "In blocks of 64 uniform beats NF4 on normal weights; at equal bits NF4 in 32 and up wins."
     )
 
 

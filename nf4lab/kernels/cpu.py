@@ -269,6 +269,8 @@ def quantize(x, kind, table, normalization, block_size, scale, location, packed,
     Raises ValueError where the lengths disagree or an output is read-only.
     """
     check_lengths(x.size, block_size, scale, location, packed)
+    if normalization == MIN_MAX and location.size != scale.size:
+        raise ValueError(f"min-max makes a location for each of {scale.size} blocks; there is room for {location.size}")
     check_writeable(scale, location, packed)
     arguments = (kind, table, True, normalization, block_size, scale, location, packed)
     return all(in_threads(quantize_chunks, count(x), threads, read_only(x), *arguments))
@@ -695,9 +697,9 @@ def read_only(array):
 
 def check_lengths(n, block_size, scale, location, packed):
     """Raise ValueError unless the arrays have the lengths that n values in blocks of block_size take."""
-    n_blocks = -(-n // block_size)
-    if CHUNK % block_size:
+    if block_size < 1 or CHUNK % block_size:
         raise ValueError(f"block_size must divide {CHUNK}; got {block_size}")
+    n_blocks = -(-n // block_size)
     if packed.size != (n + 1) // 2 or scale.size != n_blocks or location.size not in (0, n_blocks):
         raise ValueError(
             f"{n} values in blocks of {block_size} take {(n + 1) // 2} bytes and {n_blocks} constants; "

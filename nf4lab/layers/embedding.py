@@ -41,10 +41,10 @@ class Embedding4bit(Stored4bit):
     ) -> "Embedding4bit":
         """A table that gives what `table` does with its weight quantized; `table` itself stays as it is.
 
-        Raises TypeError unless table is a torch.nn.Embedding, ValueError where it has no data yet, or a max_norm, for
-        which rows would have to change as they are looked up; otherwise as `nf4lab.quantize`.
+        Raises TypeError unless table is a torch.nn.Embedding and looks up as one, ValueError where it has no data yet,
+        or a max_norm, for which rows would have to change as they are looked up; otherwise as `nf4lab.quantize`.
         """
-        if not isinstance(table, nn.Embedding):
+        if not isinstance(table, nn.Embedding) or type(table).forward is not nn.Embedding.forward:
             raise TypeError(f"table must be a torch.nn.Embedding; got {type(table).__name__}")
         if table.weight.is_meta:
             raise ValueError(f"table is on the meta device: its {tuple(table.weight.shape)} weight has no values")

@@ -47,9 +47,9 @@ class Linear4bit(Stored4bit):
         The bias is shared, not copied. format, block_size, double_quant: as for `nf4lab.quantize`, with its errors and
         its default block size.
 
-        Raises TypeError unless layer is a torch.nn.Linear, ValueError where it has no data yet.
+        Raises TypeError unless layer is a torch.nn.Linear and computes as one, ValueError where it has no data yet.
         """
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise TypeError(f"layer must be a torch.nn.Linear; got {type(layer).__name__}")
         if layer.weight.is_meta:
             raise ValueError(f"layer is on the meta device: its {tuple(layer.weight.shape)} weight has no values")

@@ -73,18 +73,19 @@ def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
         module = model.get_submodule(parent)
     except AttributeError:
         raise ValueError(f"tensor {name!r} is stored in 4 bits, and the model has no layer {parent!r}") from None
-    if last == "weight" and (is_plain_linear(module) or is_conv1d(module)):
-        shape = module.weight.shape if is_plain_linear(module) else module.weight.T.shape
-        layer = Linear4bit(q, module.bias).train(module.training)
+    if last == "weight" and is_plain_linear(module):
+        kind, shape, more = Linear4bit, module.weight.shape, (module.bias,)
+    elif last == "weight" and is_conv1d(module):
+        kind, shape, more = Linear4bit, module.weight.T.shape, (module.bias,)
     elif last == "weight" and type(module) is nn.Embedding:
-        shape, layer = module.weight.shape, Embedding4bit(q, module.padding_idx).train(module.training)
+        kind, shape, more = Embedding4bit, module.weight.shape, (module.padding_idx,)
     elif isinstance(module._parameters.get(last), Tensor) and len(q.shape) == 3:
-        shape, layer = module._parameters[last].shape, Experts4bit(q).train(module.training)
+        kind, shape, more = Experts4bit, module._parameters[last].shape, ()
     else:
         raise ValueError(f"tensor {name!r} is stored in 4 bits; {type(module).__name__} {parent!r} takes none")
     if shape != q.shape:
         raise ValueError(f"tensor {name!r} has shape {tuple(q.shape)}; the model's is {tuple(shape)}")
-    return layer
+    return kind(q, *more).train(module.training)
 
 
 def _places(model: nn.Module, name: str) -> list[str]:

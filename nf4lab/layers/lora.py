@@ -50,8 +50,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) to (…, out_features).
 
-        The adapter goes first. It alone keeps something for the backward pass, and activation checkpointing runs a
-        layer again only as far as the last of what is kept: in the last layer of a block, not the frozen product.
+        The adapter goes first. On a 4-bit base it alone keeps something for the backward pass, and activation
+        checkpointing runs a layer again only as far as the last of that: in the last layer of a block, not the frozen
+        product.
         """
         rows, dtype = x.reshape(-1, self.in_features), autocast_dtype(x) or self.lora_A.dtype
         inputs = self.dropout(rows) if self.training and self.dropout.p else rows

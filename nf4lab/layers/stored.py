@@ -135,7 +135,7 @@ class Decoded(Tensor):
         """Do what the function does, unless it would write to a decoded weight."""
         kwargs = kwargs or {}
         first = args[0] if args else next(iter(kwargs.values()), None)
-        written = [kwargs.get("out"), first if _writes(function) else None]
+        written = [kwargs.get("out"), first if _writes(function) or kwargs.get("inplace") else None]
         if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
             raise RuntimeError("a 4-bit layer's weight is decoded when read: what is written to it would be lost; "
                             "write to weight.clone(), and quantize that")  # fmt: skip

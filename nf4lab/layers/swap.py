@@ -106,10 +106,10 @@ def quantize_model_(
     All or nothing: each layer is quantized before the first is replaced. Beside the model, memory is needed for its
     4-bit copy. accelerate's hooks move to the new layers.
 
-    Warns where over half of the weights stay, those that `exclude` names not counted.
+    Warns where over half of the weights stay, those that `include` or `exclude` leaves out not counted.
     Raises ValueError where nothing is chosen, where a pattern matches nothing or names what can't be quantized, where a
-    chosen layer has hooks, which would be lost, and where `model` is itself a linear layer, which can only be replaced
-    from outside; otherwise as `nf4lab.quantize`, with the layer's name. The model is then as it was.
+    chosen layer has hooks on its passes, which would be lost, and where `model` is itself a linear layer, which can
+    only be replaced from outside; otherwise as `nf4lab.quantize`, with the layer's name. The model is then as it was.
     """
     format = as_format(format)
     if is_plain_linear(model):

@@ -26,7 +26,7 @@ def manuals_model(dtype: torch.dtype = torch.float32) -> tuple["LlamaForCausalLM
 
     Token ids, int64 (batch, positions), to logits: model(ids).logits, (batch, positions, 6144). Its 56 linear layers
     are `torch.nn.Linear`; the output head is the embedding. tokenizer.encode(text).ids gives a list of ids,
-    tokenizer.decode(ids) the text; every text has tokens, for each byte is one.
+    tokenizer.decode(ids) the text; any text can be encoded, for each byte is a token.
 
     Raises ModuleNotFoundError where transformers is not installed.
     """
