@@ -84,6 +84,9 @@ def pairs():
     return [(name.removesuffix(", bof4-s"), name) for name in beyond.METHODS if name.endswith("bof4-s")]
 
 
+TURNED = {"nearest": "rotated", "nearest, bof4-s": "rotated, bof4-s", "searched": "rotated, searched"}
+
+
 def test_every_part_of_a_record_keeps_the_commit_that_it_was_measured_at(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     for part, commit in (("one", "first"), ("two", "second")):
@@ -114,7 +117,14 @@ def test_what_the_page_says_of_the_language_model():
     def of(method, column="manuals"):
         return damage("language model", column, method)
 
-    assert min(of("rotated")) < max(of("nearest")) and max(of("rotated")) > min(of("nearest"))
+    moved = {
+        (name, column): sign
+        for name, turned in TURNED.items()
+        for column in ("manuals", "Flask")
+        for sign, ways in ((-1, (of(name, column), of(turned, column))), (1, (of(turned, column), of(name, column))))
+        if ahead(*ways)
+    }
+    assert moved == {("nearest, bof4-s", "manuals"): -1, ("searched", "Flask"): 1}
     for signed in ("", ", bof4-s"):
         fixed, both = f"corrected{signed}", f"rotated, corrected{signed}"
         assert ahead(of(both), of(fixed)) and not ahead(of(both, "Flask"), of(fixed, "Flask"))
@@ -148,10 +158,8 @@ def test_how_often_a_rotation_alone_and_the_signed_levels_are_told_from_noise_on
     worse, better = [], []
     for column in league.JUDGED["encoder"]:
         of = {name: damage("encoder", column, name) for name in beyond.METHODS}
-        turned = [(of["nearest"], of["rotated"])] + [
-            (of[name], of[f"rotated, {name.removeprefix('nearest, ')}"]) for name in ("nearest, bof4-s", "searched")
-        ]
-        assert all(min(b) > max(a) for a, b in turned)
+        turned = [(of[name], of[rotated]) for name, rotated in TURNED.items()]
+        assert len(turned) == 3 and all(min(b) > max(a) for a, b in turned)
         worse.append(sum(ahead(a, b) for a, b in turned))
         better.append(sum(ahead(of[signed], of[nf4]) for nf4, signed in pairs()))
     assert sum(worse) == 3 and better == [1, 2]
@@ -177,6 +185,13 @@ def test_bof4_s_has_the_smaller_error_of_weights_in_every_pair():
         for nf4, bof4s in pairs():
             of = [RECORD[model]["methods"][method]["weights"] for method in (nf4, bof4s)]
             assert max(of[1]) < min(of[0])
+
+
+@pytest.mark.parametrize("model", league.JUDGED)
+def test_rotating_alone_lowers_the_error_of_all_weights_together_by_less_than_a_tenth(model):
+    for name, turned in TURNED.items():
+        of = [RECORD[model]["methods"][method]["weights"] for method in (name, turned)]
+        assert all(0.9 < b / a < 1 for a, b in zip(*of, strict=True))
 
 
 def test_correcting_improves_the_outputs_of_all_layers_but_one():
