@@ -95,11 +95,13 @@ def test_a_table_measured_here_replaces_the_one_that_ships(tmp_path, monkeypatch
     assert read(0) == crossover.H200
 
 
-def test_a_whole_round_of_the_processors_goes_before_more_warpgroups(monkeypatch):
-    """8,192 rows of W are four tiles a processor: at 64 rows of x the stages of four warpgroups do not fit."""
+@pytest.mark.parametrize("rows", [9, 48, 64, 128])
+@pytest.mark.parametrize(("n", "grid", "warpgroups"), [(8192, 128, 4), (14336, 128, 4), (4096, 128, 4)])
+def test_a_hopper_has_room_for_one_round_of_all_warpgroups(n, grid, warpgroups, rows, monkeypatch):
+    """To 64 rows of x four warpgroups a thread block, above two, which have twice the registers."""
     monkeypatch.setattr(fused, "SIMULATOR", False)
     monkeypatch.setattr(fused, "processors", lambda device: 132)
     monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
     monkeypatch.setattr(fused, "shared_limit", lambda device: 232448)
-    (one,) = fused.launches.__wrapped__("v6", 64, 8192, 8192, 64, torch.bfloat16, -21, True)
-    assert (one.grid, one.threads) == (128, 256)
+    (one,) = fused.launches.__wrapped__("v6", rows, n, 8192, 64, torch.bfloat16, -21, True)
+    assert (one.grid, one.threads) == (grid, 128 * (warpgroups if rows <= 64 else 2))

@@ -84,13 +84,12 @@ class Layout(NamedTuple):
 
 
 def layouts(eights, tiles):
-    """Ways to cut a block of so many tiles, and eights of x's rows: the fastest first."""
+    """Ways to cut a block of so many tiles, and eights of x's rows: the fastest first. One fits a Hopper."""
     if tiles > 8:
         return []
     down = 2 if tiles > 4 else 1
     along = 1 if config.ENABLE_CUDASIM else (4 if eights <= 8 else 2) // down  # more rows need more registers
-    ways = [along >> less for less in range(3) if along >> less]  # fewer where shared memory is short
-    return [Layout(down, way, tiles, eights, blocks) for way in ways for blocks in (4, 2)]
+    return [Layout(down, along, tiles, eights, blocks) for blocks in (4, 2)]
 
 
 @functools.cache
