@@ -1,5 +1,6 @@
 """The page "Use it with": each of its examples is run, in the order in which they stand, beside a tiny model."""
 
+import json
 import re
 from pathlib import Path
 
@@ -66,3 +67,14 @@ def test_the_page_names_every_library_and_every_architecture():
     for name in MORE:
         assert re.search(rf"\b{name}[,;\s]", table), name
     assert all(name in PAGE for name in (*CASTING, *MIXTURES, *OTHERS))
+
+
+def test_what_a_folder_costs_is_what_the_records_say():
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    said = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+)(?: in all)? \|", SECTIONS["What a folder costs"])
+    records = [json.loads((results / f"{name}-folders.json").read_text()) for name in ("two-cores", "nvidia-h200")]
+    measured = [row for record in records for row in record["records"] if "case" not in row]
+    assert [round(record["bytes"] / 1e9, 1) for record in records] == [6.4, 2.4]
+    for (seconds, of_a_processor, gib), row in zip(said, measured, strict=True):
+        assert [int(seconds), int(of_a_processor)] == [round(row["wall_s"]), round(row["cpu_s"])]
+        assert abs(float(gib) - sum(row["peak_mib"]) / 1024) <= 0.051
