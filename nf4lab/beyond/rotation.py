@@ -1,4 +1,4 @@
-"""Rotate: the Walsh-Hadamard transform with random signs, which makes nearly any weights look normal.
+"""Rotate: the Walsh-Hadamard transform with random signs, which makes nearly all rows of weights look normal.
 
     y = W x = (W R)(R^T x)        R = D H / sqrt(n), orthogonal
 
