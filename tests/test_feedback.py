@@ -331,6 +331,11 @@ def test_scales_of_a_large_matrix_are_chosen_on_rows_from_all_over_it(case):
     assert seen[0][-1, 0] == 3999  # alpha = 0: no scaling
 
 
+def test_scales_of_inputs_that_are_all_zero_are_ones():
+    scales, alpha = activation_scales(torch.randn(8, 64), torch.zeros(64, 64), lambda w: nf4lab.quantize(w).dequantize())
+    assert torch.equal(scales, torch.ones(64)) and alpha == 0
+
+
 def test_scales_lower_the_output_error_where_some_inputs_are_large():
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(32, 128, generator=generator)

@@ -32,7 +32,7 @@ def activation_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor], Te
     """
     hessian = check_hessian(hessian, w).float()
     mean_square = hessian.diagonal()
-    mean_square = mean_square.clamp_min(1e-8 * mean_square.max().clamp_min(torch.finfo(torch.float32).tiny))
+    mean_square = mean_square.clamp_min((1e-8 * mean_square.max()).clamp_min(torch.finfo(torch.float32).tiny))
     some = w[torch.linspace(0, len(w) - 1, min(len(w), ROWS), device=w.device).long()].float()
     best, least = None, torch.inf
     for alpha in ALPHAS:

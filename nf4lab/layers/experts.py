@@ -17,7 +17,8 @@ from nf4lab.layers.stored import Stored4bit
 
 
 class Experts4bit(Stored4bit):
-    """A parameter of fused experts with its values in 4 bits; it behaves as the tensor that it decodes to.
+    """A parameter of fused experts with its values in 4 bits; to torch's functions, and by its own methods and indices,
+    it is the tensor that it decodes to. An operator on its left side, as in `experts * 2`, wants `experts.weight`.
 
     weight: a QuantizedTensor of shape (n_experts, …), quantized as one long row: where an expert's weights are a
     multiple of the block size, as in Mixtral and Qwen3-MoE, each expert has blocks of its own.
