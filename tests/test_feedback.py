@@ -332,7 +332,9 @@ def test_scales_of_a_large_matrix_are_chosen_on_rows_from_all_over_it(case):
 
 
 def test_scales_of_inputs_that_are_all_zero_are_ones():
-    scales, alpha = activation_scales(torch.randn(8, 64), torch.zeros(64, 64), lambda w: nf4lab.quantize(w).dequantize())
+    scales, alpha = activation_scales(
+        torch.randn(8, 64), torch.zeros(64, 64), lambda w: nf4lab.quantize(w).dequantize()
+    )
     assert torch.equal(scales, torch.ones(64)) and alpha == 0
 
 
