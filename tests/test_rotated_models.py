@@ -57,6 +57,18 @@ def test_calibration_lowers_the_error_on_its_own_text(folder, tmp_path):
     assert error["corrected"] < 0.5 * error["nearest"]
 
 
+@pytest.mark.parametrize("kind", ["an encoder", "a model without its head"])
+def test_a_folder_that_lacks_weights_of_a_language_model_is_refused_and_not_filled_at_random(kind, tmp_path):
+    if kind == "an encoder":
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        transformers.BertModel(transformers.BertConfig(vocab_size=50, **shape)).save_pretrained(tmp_path / "in")
+    else:
+        architectures.make("Llama").model.save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match=r"is not a whole causal language model: \w+ needs '(cls|lm_head)\."):
+        quantize_language_model(tmp_path / "in", tmp_path / "out", rotate=None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_rotates_and_calibrates(folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = [str(folder), str(tmp_path / "out"), "--block-size", "32", "--quiet"]

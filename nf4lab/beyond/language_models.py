@@ -45,9 +45,9 @@ def quantize_language_model(
 
     The whole model is in memory, and for calibration a float64 matrix as wide as its input for each layer.
 
-    Raises FileExistsError where target exists, ValueError where source is not a folder of a causal language model, is
-    quantized already, can't be rotated, or where there is nothing in text; otherwise as `nf4lab.quantize_model_`. Warns
-    where text has fewer tokens than the widest layer has inputs.
+    Raises FileExistsError where target exists, ValueError where source is not a folder of a causal language model with
+    all its weights, is quantized already, can't be rotated, or where there is nothing in text; otherwise as
+    `nf4lab.quantize_model_`. Warns where text has fewer tokens than the widest layer has inputs.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +61,11 @@ def quantize_language_model(
     check_not_quantized(source, config, {})
     with opened(source) as files:
         architecture_of(source, config, matrices_of(files))  # raises for what transformers would hang on
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
+    model, found = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    if found["missing_keys"]:
+        first = min(found["missing_keys"])
+        raise ValueError(f"{source} is not a whole causal language model: {type(model).__name__} needs {first!r}")
+    model = model.to(device).eval()
     if rotate is not None:
         fold_rotation_(model, rotate)
     hessians = None

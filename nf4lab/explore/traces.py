@@ -1,6 +1,7 @@
-"""What 32 threads of a kernel ask memory for: plain Python bodies of chapter 7, under `nf4lab.kernels.tracing`.
+"""What 32 threads of a kernel ask memory for: plain Python bodies under `nf4lab.kernels.tracing`.
 
-The bodies are those of the package's kernels without their guards; their output is the package's, bit for bit.
+v1 to v3 are the package's kernels without their guards, the other two bodies are here to compare with. The output of
+all is the package's, bit for bit.
 """
 
 from collections import defaultdict
