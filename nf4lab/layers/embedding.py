@@ -1,4 +1,4 @@
-"""A table of embeddings that stays in 4 bits: what is looked up is decoded, and nothing else."""
+"""A table of embeddings that stays in 4 bits: only the blocks around what is looked up are decoded."""
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ class Embedding4bit(Stored4bit):
     weight: a QuantizedTensor of shape (num_embeddings, embedding_dim), in any format. padding_idx: kept, for code that
     asks; the table is frozen, so that it changes nothing. The rows come in the dtype of the weight.
 
-    Of each row the blocks that it lies in are decoded. Where embedding_dim is a multiple of the block size, as it
-    mostly is, those hold the row and nothing else.
+    Where embedding_dim is a multiple of the block size, the blocks that are decoded hold the row and nothing else;
+    elsewhere they are as many as a row of that length can lie in.
 
     Raises TypeError unless weight is a QuantizedTensor, ValueError where it is not a matrix.
     """
