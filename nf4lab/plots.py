@@ -114,7 +114,7 @@ def level_ticks(ax: Axes, levels: Tensor, height: float, name: str, **look) -> N
 
 
 def standings(ax: Axes, table: dict[str, dict[float, float]]) -> None:
-    """Draw a league: name -> bits -> decibels, a row for each name from the bottom up, a marker for each of up to five budgets."""
+    """Draw a league: name -> bits -> decibels, a row for each name from the bottom up, a marker for up to 5 budgets."""
     budgets = sorted({bits for row in table.values() for bits in row})
     ax.hlines(range(len(table)), *zip(*((min(row.values()), max(row.values())) for row in table.values()), strict=True),
               color="#bbbbbb", linewidth=0.8, zorder=0)  # fmt: skip

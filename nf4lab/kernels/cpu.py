@@ -605,7 +605,7 @@ def narrow_float16(values, half):
 
 @jit
 def narrow_bfloat16(values, half):
-    """float32 (n,) to bfloat16 patterns, uint16 (n,): to nearest, ties to even; NaN to the one NaN that torch gives."""
+    """float32 (n,) to bfloat16 patterns, uint16 (n,): to nearest, ties to even; NaN to 0x7FC0 (torch: by the CPU)."""
     bits = values.view(np.uint32)
     for i in range(half.size):
         odd = np.uint32(bits[i] >> np.uint32(16)) & np.uint32(1)

@@ -3,7 +3,7 @@
     trace        a launch, thread by thread: what each reads and writes, and the mistakes that only a GPU punishes
     trace_body   the same for a plain function of a thread's number
     Trace        the record: bytes, requests of warps, sectors of 32 bytes
-    KernelMistake  out of bounds, a race, a barrier that some threads miss, memory used without end, what no GPU compiles
+    KernelMistake  out of bounds, a race, a barrier that some threads miss, memory used endlessly, what no GPU takes
 
 It needs neither a GPU nor the simulator. The kernel's own code runs, so the record says what that code asks for: a
 compiler may merge two reads of one element, but not across a write that might have changed it. Races are found by the
