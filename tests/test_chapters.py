@@ -134,6 +134,17 @@ def test_the_cheat_sheet_has_the_bits_and_errors_that_the_package_calculates():
     assert table["Shannon limit"][2] == f"{nf4lab.shannon_limit(4.5):.5f}"
 
 
+def test_the_cheat_sheet_has_the_bits_up_to_which_nf4_leads():
+    said = r"fixed: ([\d.]+) or fewer with float32 constants, ([\d.]+) or fewer with double quantization"
+    plain, double = re.search(said, SHEET).groups()
+    mse = {(name, B): theory.expected(name, B).mse for name in ("nf4", "uniform", "int4") for B in nf4lab.BLOCK_SIZES}
+    # Min-max has two constants, so blocks of twice the size, in either way of storing them.
+    ahead = [B for B in nf4lab.BLOCK_SIZES[:-1] if mse["nf4", B] < min(mse["uniform", 2 * B], mse["int4", B])]
+    assert ahead == list(nf4lab.BLOCK_SIZES[1:-1])
+    assert float(plain) == 4 + 32 / ahead[0]
+    assert double == f"{4 + 8 / ahead[0] + 32 / (256 * ahead[0]):.2f}"
+
+
 def test_the_cheat_sheet_has_the_share_of_normal_weights_that_one_far_out_rounds_to_zero():
     levels = nf4lab.codebooks.nf4().double()
     below, above = ((levels[1:] + levels[:-1]) / 2)[6:8].tolist()  # around zero
