@@ -1,4 +1,4 @@
-"""Scale by activations, the cheap relative of error feedback: columns that see large inputs get finer steps.
+"""Scale by activations, a relative of error feedback without an inverse: columns that see large inputs get finer steps.
 
     W x = (W S)(S^-1 x)        S = diag(s), s_j = (mean x_j^2)^(alpha / 2)
 
