@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import nf4lab
@@ -26,39 +26,62 @@ SECONDS = 300  # for two processes: importing torch twice on busy cores takes mo
 
 
 class Case(NamedTuple):
-    """double_quant: whether the constants are quantized. dtype: of the model. adapters: their dtype."""
+    """double_quant: whether the constants are quantized. dtype: of the model. adapters: their dtype. storage: the dtype
+    that packed bytes pass under. width: of the layers. mixed: whether fully_shard computes in bfloat16."""
 
     double_quant: bool
     dtype: torch.dtype = torch.float32
     adapters: torch.dtype = torch.float32
+    storage: torch.dtype = torch.uint8
+    width: int = 64
+    mixed: bool = False
 
 
+F32, BF16 = torch.float32, torch.bfloat16
 CASES = {
     "float32": Case(False),
     "float32, double quantization": Case(True),
-    "bfloat16": Case(False, torch.bfloat16, torch.bfloat16),
-    "bfloat16, double quantization": Case(True, torch.bfloat16, torch.bfloat16),
-    "bfloat16, adapters in float32": Case(True, torch.bfloat16),
+    "bfloat16": Case(False, BF16, BF16),
+    "bfloat16, double quantization": Case(True, BF16, BF16),
+    "bfloat16, adapters in float32": Case(True, BF16),
+    "mixed precision": Case(True, mixed=True),
+    "float32 as storage": Case(False, storage=F32),
+    "float32 as storage, cut unevenly": Case(True, storage=F32, width=6),
+    "bfloat16 as storage": Case(True, BF16, BF16, storage=BF16),
+    "bfloat16 as storage, mixed precision": Case(True, storage=BF16, mixed=True),
 }
+if torch.__version__ < "2.12":  # whose fully_shard wants floating parameters
+    CASES.pop("mixed precision")
+    CASES = {n: case if case.storage != torch.uint8 else case._replace(storage=case.dtype) for n, case in CASES.items()}
 
 
 def model_and_batches(case: Case, device: str):
     """A model of two blocks, quantized, with adapters on both layers of each, and a batch for each of two processes."""
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(2)]
+    k = case.width
+    blocks = [nn.Sequential(nn.Linear(k, 2 * k), nn.SiLU(), nn.Linear(2 * k, k)) for _ in range(2)]
     model = nn.Sequential(*blocks).to(case.dtype)
     nf4lab.quantize_model_(model, double_quant=case.double_quant)
     nf4lab.add_lora_(model, rank=4, dtype=case.adapters)
     for layer in model.modules():
         if isinstance(layer, nf4lab.LoRALinear):
             nn.init.normal_(layer.lora_B, std=0.1)
-    batches = torch.randn(2, 8, 64).to(device, case.dtype)
+    batches = torch.randn(2, 8, k).to(device, case.dtype)
     return model.to(device), batches
 
 
-def train(model, batches):
+def in_bfloat16(model):
+    """What a mixed-precision policy does to a model that one process has whole: a call of it, in bfloat16."""
+
+    def call(x):
+        parameters = {n: p.to(BF16) for n, p in model.named_parameters() if p.is_floating_point()}
+        return torch.func.functional_call(model, parameters, x.to(BF16))
+
+    return call
+
+
+def train(model, trained, batches):
     """Two steps on the mean of the batches' losses; returns what each batch gave, at last without autograd."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, answers = torch.optim.SGD(trained, 0.1), [[] for _ in batches]
     for _ in range(2):
         for x, given in zip(batches, answers, strict=True):
@@ -73,6 +96,11 @@ def train(model, batches):
     return [torch.cat([*given, y]).detach().cpu() for given, y in zip(answers, last, strict=True)]
 
 
+def trained(model) -> list[nn.Parameter]:
+    """The parameters that a step changes."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def whole(tensor):
     """A tensor, put together where processes have parts of it, on the CPU."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
@@ -81,7 +109,7 @@ def whole(tensor):
 def in_one(case: Case, device: str) -> dict:
     """What one process has afterwards: what both batches gave, and the state."""
     model, batches = model_and_batches(case, device)
-    answers = train(model, batches)
+    answers = train(in_bfloat16(model) if case.mixed else model, trained(model), batches)
     return {"answers": answers, "state": {key: whole(value) for key, value in model.state_dict().items()}}
 
 
@@ -89,12 +117,13 @@ def in_two(case: Case, device: str, rank: int) -> dict:
     """What this one of two processes has: what its batch gave, its bytes, and the state that both have together."""
     model, batches = model_and_batches(case, device)
     packed = sum(layer.packed.nbytes for layer in model.modules() if isinstance(layer, nf4lab.Linear4bit))
-    nf4lab.shardable_(model)
+    nf4lab.shardable_(model, case.storage)
     mesh = init_device_mesh(device, (2,))
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32) if case.mixed else MixedPrecisionPolicy()
     for part in [*model, model]:
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     local = sum(p.to_local().nbytes for name, p in model.named_parameters() if name.endswith("packed"))
-    (answers,) = train(model, batches[rank : rank + 1])
+    (answers,) = train(model, trained(model), batches[rank : rank + 1])
     state = {key: whole(value) for key, value in model.state_dict().items()}
     found = {"answers": answers, "state": state, "local": local, "packed": packed, "failed": ""}
     try:

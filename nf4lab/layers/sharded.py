@@ -1,5 +1,6 @@
 """4-bit layers for FSDP2: packed bytes as parameters, which `torch.distributed.fsdp.fully_shard` cuts and gathers."""
 
+import torch
 from torch import Tensor, nn
 
 from nf4lab.layers.embedding import Embedding4bit
@@ -8,23 +9,36 @@ from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
 
 
-def shardable_(model: nn.Module) -> int:
-    """Make the packed bytes of every 4-bit layer of `model` a frozen parameter of uint8; returns how many layers.
+def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> int:
+    """Make the packed bytes of every 4-bit layer of `model` a frozen parameter; returns how many layers.
 
     `fully_shard` cuts parameters and leaves buffers whole on each process: after this it cuts the packed bytes. The
     constants, half a bit per weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
-    same keys as before, and can be loaded: each process takes its part of what is whole.
+    same keys and the same uint8 as before, and can be loaded: each process takes its part of what is whole.
 
-    Raises ValueError where there is no 4-bit layer.
+    quant_storage: the dtype that the parameter's bytes pass under, as bitsandbytes calls it. torch before 2.12 cuts
+    floating dtypes only (its issue 177844), before 2.8 only the dtype that is trained: give that one. Where fully_shard
+    has a mixed-precision policy, it casts floating parameters: a floating quant_storage must then be its param_dtype.
+
+    Raises ValueError where there is no 4-bit layer, or one whose bytes are no whole number of quant_storage, or where
+    torch could not cut it; TypeError where quant_storage is neither uint8 nor a floating dtype.
     """
-    layers = [layer for layer in model.modules() if type(layer) in SHARDABLE]
+    if quant_storage == torch.uint8 and torch.__version__ < "2.12":
+        version = f"fully_shard of torch {torch.__version__}"
+        raise ValueError(f"{version} cuts floating dtypes only: name the one that is trained as quant_storage")
+    if quant_storage != torch.uint8 and not quant_storage.is_floating_point:
+        raise TypeError(f"quant_storage must be uint8 or a floating dtype; got {quant_storage}")
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in SHARDABLE}
     if not layers:
         raise ValueError("model has no 4-bit layers: quantize it first")
-    for layer in layers:
+    for name, layer in layers.items():
+        if layer.packed.nbytes % quant_storage.itemsize:
+            raise ValueError(f"{name}: {layer.packed.nbytes} bytes are no whole number of {quant_storage}")
+    for layer in layers.values():
         packed = layer._buffers.pop("packed")
         layer._non_persistent_buffers_set.discard("packed")
-        layer.__class__ = SHARDABLE[type(layer)]
-        layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        layer.__class__, layer.quant_storage = SHARDABLE[type(layer)], quant_storage
+        layer.register_parameter("packed", nn.Parameter(packed.view(quant_storage), requires_grad=False))
     return len(layers)
 
 
@@ -32,8 +46,21 @@ class _PackedParameter(Stored4bit):
     """What a layer does whose packed bytes are a parameter."""
 
     def stored(self) -> list[Tensor]:
-        """As for every 4-bit layer: packed bytes first."""
-        return [self._parameters["packed"], *(self._buffers[name] for name in self.stored_names[1:])]
+        """As for every 4-bit layer: packed bytes first. Raises RuntimeError where somebody has cast them."""
+        packed = self._parameters["packed"]
+        if packed.dtype != self.quant_storage:
+            raise RuntimeError(f"packed bytes kept as {self.quant_storage} were cast to {packed.dtype}, and are lost: "
+                               "with mixed precision, quant_storage must be its param_dtype")  # fmt: skip
+        return [_viewed(packed, torch.uint8), *(self._buffers[name] for name in self.stored_names[1:])]
+
+    def _apply(self, fn, recurse=True):
+        """As for every 4-bit layer: packed bytes are moved as bytes, whatever they pass under."""
+        packed = self._parameters["packed"]
+
+        def moved(tensor: Tensor) -> Tensor:
+            return _viewed(fn(_viewed(tensor, torch.uint8)), self.quant_storage) if tensor is packed else fn(tensor)
+
+        return super()._apply(moved, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -55,10 +82,23 @@ class _PackedParameter(Stored4bit):
             return
         from torch.distributed.tensor import DTensor, distribute_tensor  # they load sympy, which takes long
 
-        packed = self._parameters["packed"]
+        packed, tensor = self._parameters["packed"], _viewed(tensor, self.quant_storage)
         if isinstance(packed, DTensor) and not isinstance(tensor, DTensor):
             tensor = distribute_tensor(tensor, packed.device_mesh, packed.placements, src_data_rank=None)
         packed.copy_(tensor)
+
+
+def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes (n,) under another dtype, of a whole tensor or of one that processes have parts of."""
+    if tensor.dtype == dtype or not hasattr(tensor, "to_local"):
+        return tensor.view(dtype)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    n_bytes, where = tensor.numel() * tensor.dtype.itemsize, (tensor.device_mesh, tensor.placements)
+    if n_bytes % (tensor.device_mesh.size() * max(tensor.dtype.itemsize, dtype.itemsize)):  # they are cut elsewhere
+        return distribute_tensor(tensor.full_tensor().view(dtype), *where, src_data_rank=None)
+    local, shape = tensor.to_local().view(dtype), (n_bytes // dtype.itemsize,)
+    return DTensor.from_local(local, *where, run_check=False, shape=shape, stride=(1,))
 
 
 class ShardableLinear4bit(_PackedParameter, Linear4bit):
