@@ -8,6 +8,8 @@ from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
 
+STORAGES = (torch.uint8, torch.float32)  # of which torch.distributed copies every byte as it is
+
 
 def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> int:
     """Make the packed bytes of every 4-bit layer of `model` a frozen parameter; returns how many layers.
@@ -16,18 +18,20 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
     constants, half a bit per weight or an eighth, stay whole. Call it once, before `fully_shard`; a state_dict has the
     same keys and the same uint8 as before, and can be loaded: each process takes its part of what is whole.
 
-    quant_storage: the dtype that the parameter's bytes pass under, as bitsandbytes calls it. torch before 2.12 cuts
-    floating dtypes only (its issue 177844), before 2.8 only the dtype that is trained: give that one. Where fully_shard
-    has a mixed-precision policy, it casts floating parameters: a floating quant_storage must then be its param_dtype.
+    quant_storage: the dtype that the parameter's bytes pass under, as bitsandbytes calls it: uint8, or float32 for
+    torch before 2.12, which cuts floating dtypes only (its issue 177844). There mixed precision would cast float32,
+    and a layer then refuses to run; before 2.8, what is trained must be float32 too. Narrower floating dtypes are
+    refused: torch's copies between GPUs make all NaNs one, and bytes that look like NaNs are lost (its issue 159333).
 
-    Raises ValueError where there is no 4-bit layer, or one whose bytes are no whole number of quant_storage, or where
-    torch could not cut it; TypeError where quant_storage is neither uint8 nor a floating dtype.
+    Raises ValueError where there is no 4-bit layer, or one whose bytes are no whole number of quant_storage, where this
+    torch could not cut it, or where it is another dtype.
     """
+    if quant_storage not in STORAGES:
+        raise ValueError(
+            f"quant_storage must be uint8 or float32: bytes under {quant_storage} do not survive the copies"
+        )
     if quant_storage == torch.uint8 and torch.__version__ < "2.12":
-        version = f"fully_shard of torch {torch.__version__}"
-        raise ValueError(f"{version} cuts floating dtypes only: name the one that is trained as quant_storage")
-    if quant_storage != torch.uint8 and not quant_storage.is_floating_point:
-        raise TypeError(f"quant_storage must be uint8 or a floating dtype; got {quant_storage}")
+        raise ValueError(f"fully_shard of torch {torch.__version__} cuts no uint8: quant_storage must be float32")
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in SHARDABLE}
     if not layers:
         raise ValueError("model has no 4-bit layers: quantize it first")
@@ -50,7 +54,7 @@ class _PackedParameter(Stored4bit):
         packed = self._parameters["packed"]
         if packed.dtype != self.quant_storage:
             raise RuntimeError(f"packed bytes kept as {self.quant_storage} were cast to {packed.dtype}, and are lost: "
-                               "with mixed precision, quant_storage must be its param_dtype")  # fmt: skip
+                               "a mixed-precision policy wants uint8")  # fmt: skip
         return [_viewed(packed, torch.uint8), *(self._buffers[name] for name in self.stored_names[1:])]
 
     def _apply(self, fn, recurse=True):
