@@ -36,7 +36,7 @@ from nf4lab.kernels.cuda import crossover, dequantize_kernels, fused, quantize_k
 PACKAGES = ["torch", "numpy", "numba", "numba-cuda", "bitsandbytes", "cuda-bindings"] + ["torchao"] * bool(to_nf4)
 BLOCK = 64
 COLD_BYTES = 300_000_000  # gemv reads another copy of the weight each time until this much has gone by: five L2 caches
-SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
+SHAPES = [(28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (8192, 4096), (4096, 4096), (1024, 4096)]
 ALL_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512, 2048)
 records = []
 copy_tbps = None
@@ -232,7 +232,10 @@ def measure_gemv(samples, levels, codebook):
                         details |= {"absmax": "bfloat16 scale and zero a group of 128"}
                         record("gemv", "torch int4", graph_times_us(calls, samples), n_bytes=n_bytes, **details)
             if (n, k) == (14336, 4096):
-                measure_ladder(weights, levels, (n, k), kind, samples)
+                measure_ladder(weights, levels, (n, k), kind, samples, fused.VERSIONS, (1, 8, 16, 32, 64))
+            elif kind == "nested":  # the rows at which one version hands over to another
+                measure_ladder(weights, levels, (n, k), kind, samples, ("v5", "v6"), (1, 2, 4, 8))
+                measure_ladder(weights, levels, (n, k), kind, samples, ("v4", "v6"), (16, 64))
 
 
 def constants(absmax, kind):
@@ -243,10 +246,10 @@ def constants(absmax, kind):
     return second.reshape(-1), state.absmax, absmax.mean().reshape(1), state.code.cuda().float(), 256
 
 
-def measure_ladder(weights, levels, shape, kind, samples):
-    for rows in (1, 8, 16, 32, 64):
+def measure_ladder(weights, levels, shape, kind, samples, versions, counts):
+    for rows in counts:
         x = torch.randn(rows, shape[1], device="cuda").bfloat16()
-        for name in fused.VERSIONS:
+        for name in versions:
             if rows > 16 and name == "v3":
                 continue  # it takes 16 at most: v2 would run
             calls = [

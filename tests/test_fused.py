@@ -37,10 +37,9 @@ def test_what_a_version_cannot_take_the_next_below_does(monkeypatch):
     assert takes("v5", 1, 14336, 4096 + 32, 64, half, hopper, True) == "v2"
     assert takes("v5", 1, 14336, 4096, 64, half, hopper, False) == "v1"
     assert takes("v5", 1, 14336, 4096, 16, half, hopper, True) == "v1"
-    for n, first_of_v6 in ((14336, 9), (4096, 17), (1024, 65)):
-        around = (1, 8, 9, first_of_v6 - 1, first_of_v6, 128)
-        by_rows = [takes("fastest", rows, n, 4096, 64, half, hopper, True) for rows in around]
-        assert by_rows == [*["v5"] * 2, *(["v6", "v5"] if n == 14336 else ["v4"] * 2), *["v6"] * 2]
+    for n, of_v5, of_v4 in ((14336, 8, 8), (8448, 2, 2), (4225, 2, 2), (4224, 8, 8), (2113, 8, 8), (2112, 8, 64)):
+        by_rows = [takes("fastest", rows, n, 4096, 64, half, hopper, True) for rows in range(1, 129)]
+        assert by_rows == ["v5"] * of_v5 + ["v4"] * (of_v4 - of_v5) + ["v6"] * (128 - of_v4)
     for later in (-10, -12):  # GPUs after Hopper have bulk copies and no warpgroups
         by_version = [takes(version, 8, 14336, 4096, 64, half, later, True) for version in ("v6", "v5", "fastest")]
         assert by_version == ["v5"] * 3

@@ -9,8 +9,8 @@
     v1       anything
 
 v3 to v6 take x in 16 bits, v4 to v6 k a multiple of 64, all but v1 tensors that start on 16 bytes. Asked for a
-version that cannot, the next below is taken. "fastest" stands for v5 up to 8 rows, then v6; but v4 up to 16 rows where
-n has two or three tiles of 16 rows for each processor of the GPU, rounded up, and up to 64 where it has one.
+version that cannot, the next below is taken. "fastest" stands for v5 up to 8 rows, or 2 where n has three or four tiles
+of 16 rows for each processor of the GPU, rounded up; then v6, but v4 up to 64 rows where it has one.
 """
 
 import functools
@@ -65,10 +65,10 @@ def launches(version, rows, n, k, block_size, dtype, device, aligned):
 
 
 def fastest(rows, n, device):
-    """The version in use on a Hopper: one to three tiles a thread block leave warps of a warpgroup idle."""
+    """The version in use, as measured on an H200 (`gemv ladder` in benchmarks/results/nvidia-h200.json)."""
     tiles = next(shares(-(-n // 16), device))
-    rows_of_v4 = 0 if tiles >= 4 else 16 if tiles > 1 else MOST_ROWS_OF_V4
-    return "v5" if rows <= 8 else "v4" if rows <= rows_of_v4 else "v6"
+    rows_of_v5, rows_of_v4 = 2 if tiles in (3, 4) else 8, MOST_ROWS_OF_V4 if tiles == 1 else 0
+    return "v5" if rows <= rows_of_v5 else "v4" if rows <= rows_of_v4 else "v6"
 
 
 def most_rows(k, block_size, device):
