@@ -31,7 +31,7 @@ HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
 # PEFT's parts of an adapter, and those of its kind: lora_A, hada_w1_a, oft_R, …; and copies that are trained whole.
 ADAPTERS = re.compile(r"(^|\.)((lora|hada|lokr|oft|boft|vera|randlora|ia3)_\w+|modules_to_save|original_module)(\.|$)")
 ADAPTER, IN_ROWS = "adapter", "a row for each token or position, by its shape"
-KEPT = "kept in float32"
+KEPT, EMPTY = "kept in float32", "empty"
 FUSED_EXPERTS = "fused experts, of which transformers reads no 4-bit file"
 
 
@@ -122,6 +122,8 @@ def _verdict(modules, names, module, kind, why, tied) -> tuple[str, bool]:
     name, kind_of_module = names[0], type(module)
     if kind == "other":
         return f"in a {kind_of_module.__name__}", True
+    if kind in ("linear", "conv1d", "embedding") and not module.weight.numel():
+        return EMPTY, True
     if kind in ("linear", "conv1d") and id(module.weight) in tied:
         return f"its weight is also that of {next(n for n in tied[id(module.weight)] if n not in names)}", True
     if kind == "embedding":
@@ -187,7 +189,8 @@ def _kept_by_transformers(model: nn.Module) -> Iterator[tuple[Callable[[str], bo
             yield _under(dot, {*tied, *tied.values()}), "tied weight"
             head = module.get_output_embeddings()
             yield _under(dot, {n for n, m in module.named_modules() if head is not None and m is head}), HEAD
-            yield _under(dot, {n for n, _ in list(module.named_parameters())[-1:]}), "last layer"
+            names = [n for n, _ in module.named_parameters(remove_duplicate=False)]  # it asks before weights are tied
+            yield _under(dot, set(names[-1:])), "last layer"
         else:
             yield partial(skips, listed), "skip list"
         yield partial(skips, sorted(getattr(module, "_keep_in_fp32_modules", None) or ())), KEPT
@@ -252,6 +255,9 @@ def candidates_by_name(shapes: dict[str, tuple[int, ...]], tables: Collection[in
         if len(shape) == 3 and "expert" in name:
             found.append(Candidate((key,), "experts", math.prod(shape), FUSED_EXPERTS))
         if len(shape) != 2:
+            continue
+        if not math.prod(shape):
+            found.append(Candidate((key,), "other", 0, EMPTY, always=True))
             continue
         if LOOKED_UP.search(name):
             kind, stays = "embedding", EMBEDDING

@@ -76,6 +76,19 @@ MORE = {
     "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
     "Swin": ("SwinForImageClassification", "SwinConfig", SWIN),
 }
+# Of which a file has the query, the key and the value in one matrix, and the model a layer for each; with gate and up,
+# in HRM and GTE, too.
+HRM = SMALL | dict(num_layers_per_stack=2, num_hidden_layers=8, head_dim=16, H_cycles=1, L_cycles=3)
+SPLIT = {
+    "Nomic BERT": ("NomicBertForMaskedLM", "NomicBertConfig", SMALL | dict(max_position_embeddings=64)),
+    "GTE": ("GteForMaskedLM", "GteConfig", SMALL | dict(max_position_embeddings=64)),
+    "Jina embeddings v3": (
+        "JinaEmbeddingsV3ForMaskedLM",
+        "JinaEmbeddingsV3Config",
+        SMALL | dict(max_position_embeddings=64),
+    ),
+    "HRM": ("HrmTextForCausalLM", "HrmTextConfig", HRM),
+}
 # Of whose layers transformers casts the inputs to the weight's dtype, without keeping them in float32.
 CASTING = {
     "Switch Transformers": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", SWITCH),
@@ -102,14 +115,27 @@ MIXTURES = {
     "Qwen2-MoE": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", LLAMA | EXPERTS | SHARED),
     "Qwen3-Next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", LLAMA | EXPERTS | NEXT),
 }
+GEMMA3N = LLAMA | dict(head_dim=16, hidden_size_per_layer_input=64, vocab_size_per_layer_input=128, altup_num_inputs=2,
+                       num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+                       layer_types=["sliding_attention", "full_attention"], pad_token_id=0)  # fmt: skip
+LAGUNA = LLAMA | EXPERTS | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+                                head_dim=16, num_attention_heads_per_layer=[4, 4], pad_token_id=0,
+                                mlp_layer_types=["dense", "sparse"], layer_types=["full_attention"] * 2)  # fmt: skip
 # The others that tests name.
 OTHERS = {
     "Mamba": ("MambaForCausalLM", "MambaConfig", MAMBA),
     "Llama 4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
     "RWKV": ("RwkvForCausalLM", "RwkvConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2)),
     "Falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
+    "Gemma 3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N),
+    "Gemma 3n without inputs per layer": (
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        GEMMA3N | dict(hidden_size_per_layer_input=0),
+    ),
+    "Laguna": ("LagunaForCausalLM", "LagunaConfig", LAGUNA),
 }
-ALL = ARCHITECTURES | MORE | CASTING | MIXTURES | OTHERS
+ALL = ARCHITECTURES | MORE | SPLIT | CASTING | MIXTURES | OTHERS
 
 
 def make(name, seed=0):

@@ -10,7 +10,7 @@ from nf4lab import choice
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
-from architectures import ARCHITECTURES, make  # noqa: E402
+from architectures import ARCHITECTURES, SPLIT, make  # noqa: E402
 
 
 def replaced_by_transformers(model):
@@ -23,7 +23,7 @@ def replaced_by_transformers(model):
     return {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *SPLIT])
 def test_the_same_layers_are_chosen_as_transformers_chooses(name):
     found = choice.candidates(make(name))
     ours = {c.names[0] for c in choice.choose(found, "*", ())[0] if c.kind != "experts"}

@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import nf4lab
+from nf4lab.checkpoints import architecture
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("bitsandbytes")
 
-from architectures import ALL, ARCHITECTURES, MIXTURES, MORE, inputs_of, make, outputs, plainly  # noqa: E402
+from architectures import ALL, ARCHITECTURES, MIXTURES, MORE, SPLIT, inputs_of, make, outputs, plainly  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the weights stay")
 FUSED = ("Mixtral", "Qwen3-MoE")
@@ -279,7 +280,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name_and_the_model_is_as_i
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*MORE, *SPLIT, "Gemma 3n"])
 def test_all_three_ways_of_more_architectures_give_bitsandbytes_own_answers(bitsandbytes, tmp_path, name):
     theirs = in_4_bits(name, tmp_path / "in")
     expected, model_class = outputs(theirs), type(theirs)
@@ -293,6 +294,70 @@ def test_all_three_ways_of_more_architectures_give_bitsandbytes_own_answers(bits
     assert torch.equal(outputs(plainly(model_class.from_pretrained(tmp_path / "memory"))), expected)
     assert nf4lab.adopt_(ours) == nf4lab.adopt_(theirs)
     assert torch.equal(outputs(ours), expected) and torch.equal(outputs(theirs), expected)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_a_file_has_in_one_matrix_is_4_bit_layers_in_every_way(bitsandbytes, tmp_path, name):
+    theirs = in_4_bits(name, tmp_path / "in")
+    expected, four_bit = outputs(theirs), {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    counts = nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "folder", double_quant=True, max_shard_size="20KB")
+    stored = nf4lab.load_quantized(tmp_path / "folder")
+    assert {n.removesuffix(".weight") for n, w in stored.items() if isinstance(w, nf4lab.QuantizedTensor)} >= {
+        n for n in four_bit if n.endswith(("q_proj", "k_proj", "v_proj"))
+    }
+    assert counts["quantized"] < len(four_bit) and len(list((tmp_path / "folder").glob("*.safetensors"))) > 2
+    model, again = make(name), make(name, seed=1)
+    nf4lab.quantize_model_(model, double_quant=True)
+    nf4lab.load_model_(again, tmp_path / "folder")
+    assert torch.equal(outputs(again), outputs(model))
+    assert nf4lab.adopt_(theirs) and set(four_bit) == {
+        n for n, m in theirs.named_modules() if isinstance(m, nf4lab.Linear4bit)
+    }
+    theirs.save_pretrained(tmp_path / "adopted")
+    assert torch.equal(outputs(plainly(type(theirs).from_pretrained(tmp_path / "adopted"))), expected)
+
+
+def test_in_a_folder_a_matrix_of_several_layers_stays_whole_where_it_is_excluded(bitsandbytes, tmp_path):
+    make("Nomic BERT").save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", exclude="*layers.1.attn.Wqkv*")
+    model = transformers.NomicBertForMaskedLM.from_pretrained(tmp_path / "out")
+    first, second = (layer.self_attn for layer in model.nomic_bert.layers)
+    kinds = [type(layer.q_proj).__name__ for layer in (first, second)]
+    assert kinds == ["Linear4bit", "Linear"] and type(second.o_proj).__name__ == "Linear4bit"
+    assert torch.equal(second.k_proj.weight, make("Nomic BERT").nomic_bert.layers[1].self_attn.k_proj.weight)
+
+
+def test_several_weights_that_transformers_has_joined_in_4_bits_are_refused_in_words(bitsandbytes, tmp_path):
+    in_4_bits("Nomic BERT", tmp_path / "in").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"Wqkv.weight': the quant_state is not JSON: several stand in one"):
+        nf4lab.load_quantized(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("way", ["folder", "memory"])
+def test_where_a_models_own_names_are_renamed_the_layers_that_would_be_lost_stay(bitsandbytes, tmp_path, way):
+    model = make("Laguna")
+    experts = [f"model.layers.1.mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+    if way == "memory":
+        nf4lab.quantize_model_(model, exclude=experts)
+        model.save_pretrained(tmp_path / "out")
+    else:
+        model.save_pretrained(tmp_path / "in", save_original_format=False)
+        counts = nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+        lost = [n for n, why in counts["kept"].items() if why == architecture.RENAMED]
+        assert lost == [f"model.layers.1.mlp.shared_experts.{part}_proj.weight" for part in ("down", "gate", "up")]
+        nf4lab.quantize_model_(model, exclude=[*experts, "*shared_experts*"])
+    loaded = plainly(type(model).from_pretrained(tmp_path / "out"))
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_empty_matrices_stay_of_which_bitsandbytes_makes_what_was_in_memory(bitsandbytes, tmp_path):
+    name = "Gemma 3n without inputs per layer"
+    model = make(name)
+    model.save_pretrained(tmp_path / "in")
+    counts = nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert {why for n, why in counts["kept"].items() if "per_layer" in n} == {"empty"}
+    nf4lab.quantize_model_(model)
+    assert torch.equal(outputs(plainly(type(model).from_pretrained(tmp_path / "out"))), outputs(model))
 
 
 def test_a_layer_that_bitsandbytes_has_not_quantized_yet_is_refused_by_name(bitsandbytes):

@@ -10,12 +10,14 @@ import copy
 import logging
 import math
 import re
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -31,24 +33,28 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 # Heads that a class of transformers may add to what a folder holds: new layers, which no file can have in 4 bits.
 NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
+RENAMED = "transformers looks for it by this name, and for its constants by another"
 # Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
 N_LAYERS = re.compile(r"(num|n|encoder|decoder)_(\w+_)?layers?|depths?")
 N_POSITIONS = re.compile(r"(max|n)_(\w+_)?position(s|_embeddings)")
 SHARED = 1000  # layers that may share the tensors of one
+Rows = dict[str, tuple[int, int]]
 
 
 class Architecture(NamedTuple):
-    """candidates: the matrices of a file, named by its keys. modules: the module of transformers' model by key.
+    """candidates: the matrices of a file, named by its keys. modules: those of transformers' model by key.
 
+    parts: of each matrix that is split when a model is loaded, the rows, from and to, by the name of what they become.
     linear: the names of all layers that transformers would quantize or skip. known: whether transformers told.
     closed: why it opens no file of this model in 4 bits, whatever is quantized; empty where it does.
     """
 
     candidates: list[Candidate]
-    modules: dict[str, str]
+    modules: dict[str, tuple[str, ...]]
     linear: list[str]
     known: bool
     closed: str = ""
+    parts: Mapping[str, Rows] = MappingProxyType({})
 
 
 def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[int, ...]]) -> Architecture:
@@ -70,8 +76,8 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
             "which knows which of them, is not installed or does not know this model"
         )
     found = candidates_by_name(shapes, sizes_of_tables(config or {}))
-    modules = {c.names[0]: c.names[0].removesuffix(".weight") for c in found}
-    return Architecture(found, modules, list(modules.values()), known=False)
+    modules = {c.names[0]: (c.names[0].removesuffix(".weight"),) for c in found}
+    return Architecture(found, modules, [name for (name,) in modules.values()], known=False)
 
 
 def sizes_of_tables(config: dict) -> set[int]:
@@ -169,35 +175,82 @@ def quiet():
 def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architecture:
     judged, state = candidates(model), model.state_dict()
     by_name = {name: c for c in judged for name in c.names}
-    found, modules = [], {}
-    for key, (place, converted) in _places(model, shapes).items():
+    found, modules, parts = [], {}, _parts(model, shapes, by_name)
+    place_of, _ = _transforms(model)
+    for key, (place, pattern) in {key: place_of(key) for key in shapes}.items():
         known = by_name.get(place) or by_name.get(place.removesuffix(".weight"))
         numel = torch.Size(shapes[key]).numel()
-        if not converted and place in state and state[place].shape != shapes[key]:
+        if pattern is None and place in state and state[place].shape != shapes[key]:
             both = f"{tuple(shapes[key])} in its file, {tuple(state[place].shape)} by its config.json"
             raise ValueError(f"{folder}: tensor {key!r} has shape {both}: transformers does not open it")
-        if converted:
+        if key in parts:
+            modules[key] = tuple(name.removesuffix(".weight") for name in parts[key])
+            found.append(_of_all(key, numel, [by_name[name] for name in modules[key]]))
+        elif pattern is not None:
             found.append(Candidate((key,), "linear" if len(shapes[key]) == 2 else "experts", numel, CONVERTED))
         elif known is None and place in state:
             found.append(Candidate((key,), "other", numel, "nothing that is learned", always=True))
         elif known is None:
             found.append(Candidate((key,), "other", numel, "transformers has no place for it", always=True))
         else:
-            stays = FUSED_EXPERTS if known.kind == "experts" else known.stays
-            found.append(replace(known, names=(key,), stays=stays, module=None))
-            modules[key] = place.removesuffix(".weight")
+            renamed = "" if place_of(key, False)[0] == place else RENAMED
+            stays = FUSED_EXPERTS if known.kind == "experts" else known.stays or renamed
+            found.append(replace(known, names=(key,), stays=stays, barred=known.barred or renamed, module=None))
+            modules[key] = (place.removesuffix(".weight"),)
     linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
-    return Architecture(found, modules, linear, known=True, closed=taken_apart(model))
+    return Architecture(found, modules, linear, known=True, closed=taken_apart(model), parts=parts)
 
 
-def _places(model: nn.Module, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Where each key of a file goes in a model: (the parameter's name, whether it is converted on the way)."""
-    place_of, _ = _transforms(model)
-    return {key: (place, pattern is not None) for key in keys for place, pattern in [place_of(key)]}
+def _of_all(key: str, numel: int, parts: list[Candidate]) -> Candidate:
+    """One candidate for all the layers that a matrix of a file becomes: what one of them bars, bars it."""
+    stays = next((part for part in parts if part.stays), parts[0])
+    return Candidate((key,), "linear", numel, stays.stays, any(part.always for part in parts), stays.barred)
 
 
-def _transforms(model: nn.Module) -> tuple[Callable[[str], tuple[str, str | None]], dict]:
-    """(a function from a file's key to its place in the model and its conversion's pattern, converters by pattern)."""
+def _parts(model: nn.Module, shapes: dict[str, tuple[int, ...]], known: dict[str, Candidate]) -> dict[str, Rows]:
+    """The rows of each matrix of a file that transformers splits into the weights of linear layers, in their order.
+
+    A query, a key and a value in one, say. A file may have these weights under the model's own names as well.
+    """
+    place_of, converters = _transforms(model)
+    places = {key: place_of(key) for key in shapes}
+    sharing = Counter(place for place, _ in places.values())
+    found = {}
+    for key, (place, pattern) in places.items():
+        if pattern is None or sharing[place] > 1 or len(shapes[key]) != 2:
+            continue
+        rows = _rows(_converted(model, place, {key: pattern}, converters, {key: _numbered(shapes[key][0])}))
+        layers = [known.get(name.removesuffix(".weight")) for name in rows]
+        whole = sum(stop - start for start, stop in rows.values()) == shapes[key][0] and len(rows) > 1
+        is_linear = all(layer is not None and layer.kind == "linear" for layer in layers)
+        if whole and is_linear and all(place_of(name, False) == (name, None) for name in rows):
+            found[key] = rows
+    return found
+
+
+def _numbered(n_rows: int) -> Tensor:
+    """A narrow matrix of so many rows of which every element tells where it was."""
+    return torch.arange(2 * n_rows, device="cpu").view(n_rows, 2)
+
+
+def _rows(made: dict[str, Tensor]) -> Rows:
+    """Which rows of `_numbered` each tensor is, from and to; nothing where one is anything else."""
+    rows = {}
+    for name, tensor in made.items():
+        start = int(tensor.flatten()[0]) // 2 if tensor.numel() else 0
+        stop = start + len(tensor) if tensor.dim() == 2 else start
+        if not torch.equal(tensor, _numbered(stop)[start:]):
+            return {}
+        rows[name] = (start, stop)
+    return rows
+
+
+def _transforms(model: nn.Module) -> tuple[Callable[..., tuple[str, str | None]], dict]:
+    """(a function from a file's key to its place in the model and its conversion's pattern, converters by pattern).
+
+    A key that is a name of the model is its own place where the transforms would make of it what the model hasn't; not
+    so for the constants of a weight in 4 bits, of which the model knows no names: for these the function takes False.
+    """
     from transformers import conversion_mapping, core_model_loading
 
     transforms = conversion_mapping.get_model_conversion_mapping(model)
@@ -205,11 +258,40 @@ def _transforms(model: nn.Module) -> tuple[Callable[[str], tuple[str, str | None
     converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
 
-    def place_of(key: str) -> tuple[str, str | None]:
+    def place_of(key: str, or_itself: bool = True) -> tuple[str, str | None]:
         place, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
-        return (key, None) if place not in state and key in state else (place, pattern)
+        return (key, None) if or_itself and place not in state and key in state else (place, pattern)
 
     return place_of, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def save_to_be_found_(model: nn.Module, names: Collection[str]) -> bool:
+    """Have a model of transformers saved so that it finds these weights again in 4 bits; False where it can't be.
+
+    On saving it gives a model's tensors the names of its first files, and joins or splits them where those did. Packed
+    bytes must not be: then the model's own tensors are saved, renamed if need be.
+    """
+    loading = sys.modules.get("transformers.core_model_loading")
+    if loading is None or not names:  # where no one has imported it, it saves nothing
+        return True
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        transforms = [t for t in every if not isinstance(t, loading.PrefixChange)]
+    place_of, _ = _transforms(model)
+    for kept in (transforms, [t for t in transforms if isinstance(t, loading.WeightRenaming)], []):
+        back = [t.reverse_transform() for t in kept[::-1]]
+        renamings = [t for t in back if isinstance(t, loading.WeightRenaming)]
+        converters = [t for t in back if isinstance(t, loading.WeightConverter)]
+        is_joined = any(loading.apply_converters(name, converters)[1] is not None for name in names)
+        saved = {name: loading.apply_renamings(name, renamings) for name in names}
+        if not is_joined and all(place_of(key, False) == (name, None) for name, key in saved.items()):
+            if len(kept) < len(transforms):
+                model._weight_conversions = kept
+            return True
+    return False
 
 
 def by_the_models_names(model: nn.Module, stored: dict) -> tuple[dict, dict[str, dict[str, object]]]:
@@ -230,14 +312,18 @@ def by_the_models_names(model: nn.Module, stored: dict) -> tuple[dict, dict[str,
 
 def join(model: nn.Module, place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What transformers makes of tensors of a file that it joins, by the model's names: one parameter, or a few."""
+    place_of, converters = _transforms(model)
+    return _converted(model, place, {key: place_of(key)[1] for key in tensors}, converters, tensors)
+
+
+def _converted(model: nn.Module, place: str, patterns: dict, converters: dict, tensors: dict[str, Tensor]) -> dict:
+    """What the converter of some keys' patterns makes of their tensors."""
     from transformers.core_model_loading import dot_natural_key
 
-    place_of, converters = _transforms(model)
-    converter = None
-    for key in sorted(tensors, key=dot_natural_key):
-        _, pattern = place_of(key)
-        converter = converter or copy.deepcopy(converters[pattern])
-        converter.add_tensor(place, key, pattern, tensors[key])
+    keys = sorted(tensors, key=dot_natural_key)
+    converter = copy.deepcopy(converters[patterns[keys[0]]])
+    for key in keys:
+        converter.add_tensor(place, key, patterns[key], tensors[key])
     made = converter.convert(place, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nf4lab.backends import choose as choose_backend
-from nf4lab.blockwise import DTYPES, quantize
+from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
 from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, matrices_of, skip_modules
 from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
 from nf4lab.checkpoints.folder import (
@@ -82,7 +83,7 @@ def quantize_checkpoint(
         check_not_quantized(folder, config, entries)
         judged = architecture_of(folder, config, matrices_of(files))
         chosen, others = choose(judged.candidates, include, exclude, "tensors")
-        shards = plan(files, chosen, how, limit, is_folder or limit is not None)
+        shards = plan(files, chosen, how, limit, is_folder or limit is not None, judged.parts)
         if is_folder or limit is not None:
             with folder_appearing_whole(target) as partial:
                 weights = {INDEX, *(file.path.name for file in files)}
@@ -127,21 +128,30 @@ def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | No
     return out.nbytes
 
 
-def _add_tensor(file: TensorFile, name: str, out, how: How, action: str, nbytes: int) -> None:
-    """Write one tensor, as the action says. Its locals are gone before the next one is read.
-
-    nbytes: of all that is read for the file. Many small tensors are worth what loading a kernel takes, as a large one.
-    """
+def _add_tensor(file: TensorFile, name: str, out, how: How, action: str | dict, nbytes: int) -> None:
+    """Write one tensor, as the action says. Its locals are gone before the next one is read."""
     tensor = file.read(name)
-    if action != "copy":
-        tensor = (tensor.T if action == "transpose" else tensor).to(how.device)
-        backend = choose_backend(None, tensor.device, tensor.dtype, nbytes // tensor.itemsize, as_format(how.format))
+    if action == "copy":
+        out.add(name, tensor)
+        return
+    rows = action if isinstance(action, dict) else {name: (0, len(tensor))}
+    for part, (start, stop) in rows.items():
+        matrix = tensor.T if action == "transpose" else tensor[start:stop]
         try:
-            tensor = quantize(tensor, how.format, how.block_size, how.double_quant, backend=backend)
+            quantized = _quantized(matrix.to(how.device), how, nbytes)
         except ValueError as error:
             raise ValueError(f"{file.path.name}: tensor {name!r}: {error}") from None
-    for key, part in parts_of(name, tensor).items():
-        out.add(key, part)
+        for key, stored in parts_of(part, quantized).items():
+            out.add(key, stored)
+
+
+def _quantized(tensor: Tensor, how: How, nbytes: int) -> QuantizedTensor:
+    """A matrix of a file, quantized. nbytes: of all that is read for the file.
+
+    Many small tensors are worth what loading a kernel takes, as a large one.
+    """
+    backend = choose_backend(None, tensor.device, tensor.dtype, nbytes // tensor.itemsize, as_format(how.format))
+    return quantize(tensor, how.format, how.block_size, how.double_quant, backend=backend)
 
 
 def _write_shards(
@@ -188,7 +198,7 @@ def _write_on_cluster(shards: list[Shard], folder: Path, how: How, scheduler: st
 
 def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How, dtype: str | None) -> dict:
     """The quantization_config: transformers' where it can read what is written, else nf4lab's with the reason."""
-    quantized = {judged.modules[key] for c in chosen for key in c.names if key in judged.modules}
+    quantized = {name for c in chosen for key in c.names for name in judged.modules.get(key, ())}
     reasons = ((c.names[0], _not_for_transformers(c)) for c in chosen)
     beyond = next((f"transformers reads no 4-bit {name}: {reason}" for name, reason in reasons if reason), "")
     ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant) or judged.closed or beyond

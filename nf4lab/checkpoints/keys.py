@@ -150,6 +150,10 @@ def _parse_state(part: Tensor) -> dict:
     try:
         state = json.loads(bytes(part.reshape(-1).tolist()).decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
+        if str(error).startswith(
+            "Extra data"
+        ):  # (5.23) a query's, a key's and a value's, of a model in bitsandbytes' 4 bits
+            error = "several stand in one: transformers joined the parts of several weights when it saved the model"
         raise ValueError(f"the quant_state is not JSON: {error}") from None
     if not isinstance(state, dict):
         raise ValueError(f"the quant_state must be a JSON object; got {state!r:.80}")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,13 +56,14 @@ class How:
 
 
 class Shard(NamedTuple):
-    """A file to write: tensors by (name, how), in order; how is "copy", "quantize" or "transpose".
+    """A file to write: tensors by (name, how), in order; how is "copy", "quantize", "transpose" or a dict.
 
+    A dict has the name of each part of a matrix and its rows, from and to: each is quantized by itself.
     room: for its header. nbytes: of what is read for it. source: the checkpoint that holds the tensors.
     """
 
     name: str
-    tensors: list[tuple[str, str]]
+    tensors: list[tuple[str, str | dict[str, tuple[int, int]]]]
     room: int
     metadata: dict[str, str]
     nbytes: int
@@ -76,13 +77,20 @@ class Stored(NamedTuple):
     room: int
 
 
-def plan(files: list[TensorFile], chosen: list[Candidate], how: How, limit: int | None, many: bool) -> list[Shard]:
+def plan(
+    files: list[TensorFile],
+    chosen: list[Candidate],
+    how: How,
+    limit: int | None,
+    many: bool,
+    rows: Mapping[str, dict[str, tuple[int, int]]],
+) -> list[Shard]:
     """The shards to write: one for each file where it fits, more where its bytes or its header exceed a limit.
 
-    limit: of a shard's bytes, or None. many: whether there may be several. Raises ValueError where one header is too
-    long for readers and there may not.
+    rows: of each matrix that is split, those of each part by its name. limit: of a shard's bytes, or None. many:
+    whether there may be several. Raises ValueError where one header is too long for readers and there may not.
     """
-    actions = {c.names[0]: "transpose" if c.kind == "conv1d" else "quantize" for c in chosen}
+    actions = {c.names[0]: "transpose" if c.kind == "conv1d" else rows.get(c.names[0], "quantize") for c in chosen}
     parts, groups = how.sample(), []
     for file in files:
         # Quantized tensors take whole multiples of 8 bytes; the others follow by falling itemsize. So all are aligned.
@@ -94,8 +102,13 @@ def plan(files: list[TensorFile], chosen: list[Candidate], how: How, limit: int 
     return [_shard(name, *group) for name, group in zip(_names(files, groups), groups, strict=True)]
 
 
-def _stored(name: str, action: str, entry: Entry, parts: dict, how: How, data_bytes: int) -> Stored:
+def _stored(name: str, action: str | dict, entry: Entry, parts: dict, how: How, data_bytes: int) -> Stored:
     """What a tensor takes when the action is done; parts: from `How.sample`. None of it is less than it will be."""
+    if isinstance(action, dict):
+        shapes = {part: (stop - start, *entry.shape[1:]) for part, (start, stop) in action.items()}
+        split = ((part, "quantize", entry._replace(shape=shape)) for part, shape in shapes.items())
+        stored = [_stored(*part, parts, how, data_bytes) for part in split]
+        return Stored(sum(part.nbytes for part in stored), sum(part.room for part in stored))
     room = entry_room(name, entry.shape, data_bytes)
     if action == "copy":
         return Stored(entry.nbytes, room)

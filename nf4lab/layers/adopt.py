@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor
+from nf4lab.checkpoints.architecture import save_to_be_found_
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, from_parts, parts_of
 from nf4lab.choice import transformers_models
 from nf4lab.layers.linear import Linear4bit
@@ -115,11 +116,15 @@ def _warn_of_rounding(model: nn.Module, names: list[list[str]]) -> None:
 
 
 def _can_be_saved(model: nn.Module) -> None:
-    """Forget how transformers read the 4-bit weights: it would undo that on saving, and (5.23) knows no way to."""
+    """Forget how transformers read the 4-bit weights: it would undo that on saving, and (5.23) knows no way to.
+
+    Nor is it to join or split their packed bytes.
+    """
     kept = getattr(model, "_weight_conversions", None)
     if kept is not None:
         reads = [any(hasattr(step, "hf_quantizer") for step in getattr(each, "operations", ())) for each in kept]
         model._weight_conversions = [each for each, is_reading in zip(kept, reads, strict=True) if not is_reading]
+    save_to_be_found_(model, [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Linear4bit)])
 
 
 def _set_aside(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
-from nf4lab.checkpoints.architecture import skip_modules
+from nf4lab.checkpoints.architecture import save_to_be_found_, skip_modules
 from nf4lab.checkpoints.folder import not_for_bitsandbytes, quantization_config, warn_of_widths
 from nf4lab.choice import (
     EXCLUDED,
@@ -228,7 +228,6 @@ def write_quantization_config(model: nn.Module) -> None:
     """Have a model of transformers say in its configuration how it is quantized, so that what it saves can be opened.
 
     Where transformers reads what `save_pretrained` writes, the words are bitsandbytes'; where it does not, nf4lab's.
-    With fused experts in 4 bits a model is saved under its own names, which transformers would otherwise change back.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Stored4bit)}
     if not layers or not hasattr(model, "config"):
@@ -240,13 +239,15 @@ def write_quantization_config(model: nn.Module) -> None:
     skip = skip_modules([*linear, *layers], set(layers))
     is_double = not isinstance(first.stored_scale, Tensor)
     ours = next(filter(None, [taken_apart(model), *reasons]), "")
+    if any(isinstance(layer, Experts4bit) for layer in layers.values()):
+        model._weight_conversions = []  # nf4lab finds every name of the model's own
+    elif not save_to_be_found_(model, [f"{name}.weight" for name in layers]):
+        model._weight_conversions, ours = [], ours or f"transformers would not find {next(iter(layers))} again"
     computed = next((layer.compute_dtype for layer in layers.values() if isinstance(layer, Linear4bit)), None)
     dtype = str(computed or first.dtype).removeprefix("torch.")
     model.config.quantization_config = quantization_config(first.format, is_double, skip, ours, dtype)
     if not ours:
         warn_of_widths({name: layer.quantized.shape[1] for name, layer in layers.items()}, first.block_size, 3)
-    if any(isinstance(layer, Experts4bit) for layer in layers.values()):
-        model._weight_conversions = []
 
 
 def _not_for_transformers(name: str, layer: Stored4bit, bar: str) -> str:
