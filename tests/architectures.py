@@ -29,6 +29,10 @@ MAMBA = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=32,
 LLAMA4 = LLAMA | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
                       interleave_moe_layer_step=2)  # fmt: skip
 
+GEMMA3N = LLAMA | dict(head_dim=16, hidden_size_per_layer_input=64, vocab_size_per_layer_input=128, altup_num_inputs=2,
+                       num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+                       layer_types=["sliding_attention", "full_attention"], pad_token_id=0)  # fmt: skip
+
 # name: (class of the model, class of its configuration, arguments)
 ARCHITECTURES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA | dict(tie_word_embeddings=False)),
@@ -75,6 +79,7 @@ MORE = {
     "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
     "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
     "Swin": ("SwinForImageClassification", "SwinConfig", SWIN),
+    "Gemma 3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N),
 }
 # Of which a file has the query, the key and the value in one matrix, and the model a layer for each; with gate and up,
 # in HRM and GTE, too.
@@ -115,9 +120,6 @@ MIXTURES = {
     "Qwen2-MoE": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", LLAMA | EXPERTS | SHARED),
     "Qwen3-Next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", LLAMA | EXPERTS | NEXT),
 }
-GEMMA3N = LLAMA | dict(head_dim=16, hidden_size_per_layer_input=64, vocab_size_per_layer_input=128, altup_num_inputs=2,
-                       num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
-                       layer_types=["sliding_attention", "full_attention"], pad_token_id=0)  # fmt: skip
 LAGUNA = LLAMA | EXPERTS | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64,
                                 head_dim=16, num_attention_heads_per_layer=[4, 4], pad_token_id=0,
                                 mlp_layer_types=["dense", "sparse"], layer_types=["full_attention"] * 2)  # fmt: skip
@@ -127,24 +129,18 @@ OTHERS = {
     "Llama 4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
     "RWKV": ("RwkvForCausalLM", "RwkvConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2)),
     "Falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
-    "Gemma 3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N),
-    "Gemma 3n without inputs per layer": (
-        "Gemma3nForCausalLM",
-        "Gemma3nTextConfig",
-        GEMMA3N | dict(hidden_size_per_layer_input=0),
-    ),
     "Laguna": ("LagunaForCausalLM", "LagunaConfig", LAGUNA),
 }
 ALL = ARCHITECTURES | MORE | SPLIT | CASTING | MIXTURES | OTHERS
 
 
-def make(name, seed=0):
-    """The model of that name, in evaluation mode, with weights of a trained one's size."""
+def make(name, seed=0, **changes):
+    """The model of that name, in evaluation mode, with weights of a trained one's size; changes: in its arguments."""
     import transformers
 
     model_class, config_class, arguments = ALL[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**arguments | changes)
     return getattr(transformers, model_class)(config).eval()
 
 

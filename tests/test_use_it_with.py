@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("distributed")
 
-from architectures import ARCHITECTURES, CASTING, MIXTURES, MORE, OTHERS, make
+from architectures import ARCHITECTURES, CASTING, MIXTURES, MORE, OTHERS, SPLIT, make
 
 PAGE = (Path(__file__).resolve().parents[1] / "book" / "use-it-with.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -64,7 +64,7 @@ def test_the_page_names_every_library_and_every_architecture():
     table = SECTIONS["Which architectures"]
     for name in ARCHITECTURES:
         assert name.split()[-1] in table, name
-    for name in MORE:
+    for name in (*MORE, *SPLIT):
         assert re.search(rf"\b{name}[,;\s]", table), name
     assert all(name in PAGE for name in (*CASTING, *MIXTURES, *OTHERS))
 
