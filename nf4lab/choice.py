@@ -67,7 +67,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         places.setdefault(id(module), []).append(name)
-    tied = _tied_weights(modules)
+    tied = tied_weights(modules)
     found = []
     for names in places.values():
         module = modules[names[0]]
@@ -138,7 +138,7 @@ def _verdict(modules, names, module, kind, why, tied) -> tuple[str, bool]:
     return HEAD if is_head(name) else ROUTER if is_router(name, modules.__contains__) else "", False
 
 
-def _tied_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+def tied_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     """Weights that something other than linear layers uses too, by id: the names of all their users."""
     users: dict[int, dict[int, str]] = {}
     for name, module in modules.items():
@@ -304,7 +304,7 @@ EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 
 
 def choose(
-    found: list[Candidate], include: Choice, exclude: Choice, what: str = "layers"
+    found: list[Candidate], include: Choice, exclude: Choice, what: str = "layers", done: str = "quantized"
 ) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
     """(the candidates to quantize, the others each with why it stays).
 
@@ -316,7 +316,7 @@ def choose(
     """
     include, exclude = (choice if callable(choice) else as_tuple(choice) for choice in (include, exclude))
     wanted, unwanted = (_chosen_by(found, choice, what) for choice in (include, exclude))
-    _check_possible(found, include)
+    _check_possible(found, include, done)
     chosen, others = [], []
     for k, candidate in enumerate(found):
         named = k in wanted and _is_named(candidate, include)
@@ -370,12 +370,12 @@ def _chosen_by(found: list[Candidate], choice: Choice, what: str) -> set[int]:
     return matched
 
 
-def _check_possible(found: list[Candidate], include: Choice) -> None:
-    """Raise for a pattern that matches nothing but what can't be quantized."""
+def _check_possible(found: list[Candidate], include: Choice, done: str) -> None:
+    """Raise for a pattern that matches nothing but what can't be done what is done."""
     for pattern in () if callable(include) else include:
         here = [c for c in found if matches(c.names, pattern)]
         if pattern.strip("*") and here and all(c.always for c in here):
-            raise ValueError(f"{pattern!r}: {here[0].names[0]} can't be quantized: {here[0].stays}")
+            raise ValueError(f"{pattern!r}: {here[0].names[0]} can't be {done}: {here[0].stays}")
 
 
 def _is_named(candidate: Candidate, include: Choice) -> bool:

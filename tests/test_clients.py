@@ -250,6 +250,73 @@ def test_a_model_with_its_adapters_merged_is_saved_as_what_it_is_and_opened(bits
     assert len(four_bit) == (0 if include == "*" else 12)
 
 
+@pytest.mark.parametrize("way", ["memory", "adopted", "loaded"])
+@pytest.mark.parametrize("include", ["*", "*attn.c_proj"])  # the square one, whose transpose fits too
+def test_merged_layers_of_gpt_2_are_stored_transposed_again(bitsandbytes, tmp_path, way, include):
+    model = in_4_bits("GPT-2", tmp_path / "in") if way == "adopted" else make("GPT-2")
+    if way == "adopted":
+        nf4lab.adopt_(model)
+    elif way == "loaded":
+        nf4lab.quantize_model_(model)
+        model.save_pretrained(tmp_path / "4bit")
+        model = make("GPT-2", seed=1)
+        nf4lab.load_model_(model, tmp_path / "4bit")
+    else:
+        nf4lab.quantize_model_(model)
+    for parameter in nf4lab.add_lora_(model, rank=4, include=include):
+        nn.init.normal_(parameter, std=0.1)
+    expected = outputs(model)
+    nf4lab.merge_lora_(model)
+    assert type(model.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+    torch.testing.assert_close(outputs(model), expected)
+    model.save_pretrained(tmp_path / "out")
+    again = plainly(type(model).from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(outputs(again), expected)
+
+
+@pytest.mark.parametrize("name", ["T5", "tied Llama", "BART", "Whisper"])
+def test_adapters_on_every_architecture_answer_as_merged_saved_and_opened(bitsandbytes, tmp_path, name):
+    model = make(name)
+    nf4lab.quantize_model_(model)
+    for parameter in nf4lab.add_lora_(model, rank=4):
+        nn.init.normal_(parameter, std=0.05)
+    expected = outputs(model)
+    nf4lab.merge_lora_(model)
+    model.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(outputs(type(model).from_pretrained(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [nf4lab.adopt_, nf4lab.release_, nf4lab.load_model_])
+def test_a_layer_with_hooks_is_refused_by_everything_that_replaces_layers(bitsandbytes, tmp_path, change):
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "out")
+    more = (tmp_path / "out",) if change is nf4lab.load_model_ else ()
+    if change is nf4lab.load_model_:
+        model = make("Llama")
+    elif change is nf4lab.adopt_:
+        nf4lab.release_(model)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda layer, x, y: 2 * y)
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.1\.mlp\.up_proj' has hooks, which would be lost"):
+        change(model, *more)
+    assert model.model.layers[1].mlp.up_proj is layer
+
+
+def test_a_model_saved_in_several_files_is_loaded_file_by_file_as_accelerate_does(tmp_path):
+    import accelerate
+
+    models = [make("Llama", seed=k) for k in range(2)]
+    for model in models:
+        nf4lab.quantize_model_(model, double_quant=True)
+    accelerate.Accelerator(cpu=True).save_model(models[0], tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 4
+    accelerate.load_checkpoint_in_model(models[1], tmp_path)
+    assert torch.equal(outputs(models[1]), outputs(models[0]))
+    with pytest.raises(AttributeError):
+        accelerate.load_checkpoint_in_model(models[1], tmp_path, device_map={"": "cpu"})
+
+
 def test_an_adopted_model_is_cast_and_a_released_one_is_transformers_quantized_again(bitsandbytes, tmp_path):
     model = in_4_bits("Llama", tmp_path)
     before = {mark: getattr(model, mark) for mark in ("hf_quantizer", "quantization_method", "is_quantized")}
@@ -503,6 +570,47 @@ def test_merging_rounds_the_sum_as_the_layer_was_and_unmerging_brings_the_bytes_
         unloaded = model.merge_and_unload()
     assert torch.equal(unloaded.model.layers[1].mlp.down_proj.weight, merged)
     assert isinstance(unloaded.model.layers[1].mlp.down_proj, nf4lab.Linear4bit)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig"])
+def test_adapters_of_peft_that_were_there_before_answer_are_not_merged_and_are_taken_away(kind):
+    peft = pytest.importorskip("peft")
+    more = {"feedforward_modules": [], "init_ia3_weights": False} if kind == "IA3Config" else {}
+    more |= {"OFTConfig": {"oft_block_size": 16}, "VeraConfig": {"r": 4}}.get(kind, {})
+    model = peft.get_peft_model(make("Llama"), getattr(peft, kind)(target_modules=["q_proj"], **more)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01)
+    nf4lab.quantize_model_(model)
+    by_hand = copy.deepcopy(model)
+    for name, layer in list(by_hand.named_modules()):
+        if isinstance(layer, nf4lab.Linear4bit):
+            by_hand.set_submodule(name, layer.to_linear())
+    assert torch.equal(outputs(model), outputs(by_hand))
+    with pytest.raises(RuntimeError, match="what is written to it would be lost"):
+        copy.deepcopy(model).merge_adapter()
+    assert torch.equal(outputs(model.unload()), outputs(by_hand.unload()))
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "AdaLoraConfig"])
+def test_other_adapters_of_peft_are_refused_by_4_bit_layers(kind):
+    peft, model = pytest.importorskip("peft"), make("Llama")
+    nf4lab.quantize_model_(model)
+    more = {"IA3Config": {"feedforward_modules": []}, "AdaLoraConfig": {"total_step": 10}}.get(kind, {})
+    with pytest.raises((ValueError, TypeError), match=r"not supported|compatible with VeRA"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **more))
+
+
+def test_pefts_modules_to_save_train_nothing_of_a_4_bit_layer_and_all_of_one_that_was_left_out():
+    peft = pytest.importorskip("peft")
+    from nf4lab.layers import peft_lora
+
+    for exclude, trained in (((), 0), ("*o_proj", 2)):
+        model = make("Llama")
+        nf4lab.quantize_model_(model, exclude=exclude)
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"])
+        model = peft.get_peft_model(model, peft_lora.register(config))
+        assert sum("o_proj" in name for name, p in model.named_parameters() if p.requires_grad) == trained
 
 
 def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():

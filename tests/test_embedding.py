@@ -82,6 +82,16 @@ def test_torch_compile_and_export_see_one_graph(device):
     torch.library.opcheck(torch.ops.nf4lab.lookup.default, (ids, layer.stored(), layer.layout, torch.bfloat16))
 
 
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_vmap_looks_rows_up(in_dim):
+    layer, ids = nf4lab.Embedding4bit.from_embedding(table(), double_quant=True), torch.tensor([[3, 22, 3], [0, 1, 2]])
+    expected = layer(ids if in_dim == 0 else ids.T)
+    assert torch.equal(torch.vmap(layer, in_dim)(ids), expected)
+    stacked = torch.func.stack_module_state([layer, layer])
+    both = torch.vmap(lambda state, ids: torch.func.functional_call(layer, state, ids))(stacked, ids)
+    assert torch.equal(both, layer(ids))
+
+
 class Scaled(nn.Embedding):
     """A table whose rows come scaled, as Gemma 3's."""
 

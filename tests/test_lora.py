@@ -161,6 +161,71 @@ def test_mistakes_are_refused_by_name(make, error, match):
         make()
 
 
+class Tied(nn.Module):
+    """A head with the embedding's weight, and a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_layer_whose_weight_something_else_uses_gets_no_adapter_which_could_not_be_merged():
+    model = Tied()
+    assert len(nf4lab.add_lora_(model)) == 2 and type(model.head) is nn.Linear
+    with pytest.raises(ValueError, match="'head': head can't be adapted: its weight is also that of embed"):
+        nf4lab.add_lora_(Tied(), include="head")
+    nf4lab.merge_lora_(model)
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_code_that_reads_the_weight_of_an_adapted_layer_finds_base_and_adapter(quantized, training):
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0, batch_first=True).train(training)
+    if quantized:
+        nf4lab.quantize_model_(block)
+    parameters, x = nf4lab.add_lora_(block, rank=4), normal(2, 5, 32)
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+    y = block(x)
+    y.square().sum().backward()
+    gradient = block.self_attn.out_proj.lora_A.grad
+    assert gradient is not None and gradient.any()  # torch multiplies by out_proj's weight and never calls it
+    nf4lab.merge_lora_(block)
+    torch.testing.assert_close(block(x), y)
+
+
+@pytest.mark.parametrize("part", ["0", "0.base"])
+def test_a_layer_with_hooks_is_not_merged_which_would_lose_them(part):
+    model = network()
+    nf4lab.quantize_model_(model)
+    nf4lab.add_lora_(model)
+    handle = model.get_submodule(part).register_forward_hook(lambda layer, x, y: 2 * y)
+    with pytest.raises(ValueError, match=f"layer '{part}' has hooks, which would be lost"):
+        nf4lab.merge_lora_(model)
+    assert isinstance(model[3], nf4lab.LoRALinear)
+    handle.remove()
+    nf4lab.merge_lora_(model)
+
+
+def test_layers_that_accelerate_offloads_are_refused_by_name_and_hooks_that_only_move_inputs_go_along():
+    accelerate, model = pytest.importorskip("accelerate"), network()
+    nf4lab.quantize_model_(model)
+    accelerate.hooks.attach_align_device_hook(model, execution_device="cpu")
+    nf4lab.add_lora_(model)
+    nf4lab.merge_lora_(model)
+    assert model[0]._hf_hook.execution_device == "cpu"
+    model = network()
+    nf4lab.quantize_model_(model)
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    for act in (nf4lab.add_lora_, nf4lab.shardable_, nf4lab.release_):
+        with pytest.raises(ValueError, match=r"layer '0' is offloaded by accelerate: its \(128, 64\) weight is not"):
+            act(model)
+    assert isinstance(model[0], nf4lab.Linear4bit)
+
+
 # --- a whole model
 
 

@@ -80,6 +80,19 @@ def test_a_model_without_4_bit_layers_is_refused():
         nf4lab.shardable_(nn.Sequential(nn.Linear(8, 8)), torch.float32)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="this torch cuts no uint8")
+def test_a_model_on_the_meta_device_is_made_shardable_once_and_loaded_by_assignment():
+    model, other = (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)) for _ in range(2))
+    for each in (model, other):
+        nf4lab.quantize_model_(each, double_quant=True)
+    nf4lab.shardable_(other.to("meta"))
+    with pytest.raises(ValueError, match="model's layers can be sharded already"):
+        nf4lab.shardable_(other)
+    other.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x)) and isinstance(other[0].packed, nn.Parameter)
+
+
 def test_an_older_torch_is_told_what_it_can_cut(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
     with pytest.raises(ValueError, match="cu130 cuts no uint8: quant_storage must be float32"):

@@ -40,20 +40,23 @@ FORMAT_FIELDS = {
     for field in dataclasses.fields(Format)
     if field.name not in ("name", "levels", "normalize", "constants_dtype")
 } | {"stored_bits": 4}
+LONGEST_NUMBER = torch.finfo(torch.float32).tiny  # 22 characters, as long as any that a float32 has and is not negative
 DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in ORIGINAL_DTYPES}
 
 
 def parts_of(name: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
     """What a file stores of a tensor, by key; of a plain tensor, itself. Raises ValueError for what no file can hold.
 
-    The JSON is padded with spaces to whole multiples of 8 bytes over all parts.
+    The JSON is padded with spaces: to a length that no number in it changes, so that the parts of two weights that are
+    stored alike have equal shapes, and to whole multiples of 8 bytes over all parts.
     """
     if isinstance(tensor, Tensor):
         return {name: tensor}
     bitsandbytes = _is_bitsandbytes(tensor)
     suffix, state, parts = _bitsandbytes_parts(tensor) if bitsandbytes else _nf4lab_parts(tensor)
     parts = {name + key: part for key, part in parts.items()} | {name: tensor.packed.reshape(-1, 1)}
-    text = json.dumps(state).encode()
+    longest = state | ({"nested_offset": LONGEST_NUMBER} if "nested_offset" in state else {})
+    text = json.dumps(state).ljust(len(json.dumps(longest))).encode()
     nbytes = sum(part.nbytes for part in parts.values()) + len(text)
     text += b" " * (-nbytes % 8)
     return parts | {name + suffix: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
@@ -73,7 +76,8 @@ def _bitsandbytes_parts(q: QuantizedTensor) -> tuple[str, dict, dict[str, Tensor
     if isinstance(constants, Tensor):
         return suffix, state, {".absmax": constants, ".quant_map": levels}
     state |= {"nested_blocksize": constants.double_quant.group_size, "nested_dtype": "float32"}
-    state["nested_offset"] = 0.0 if constants.offset is None else constants.offset.item()
+    has_number = constants.offset is not None and not constants.offset.is_meta
+    state["nested_offset"] = constants.offset.item() if has_number else 0.0
     nested = {".nested_absmax": constants.group_absmax, ".nested_quant_map": MAPS["dynamic8"].levels}
     return suffix, state, nested | {".quant_map": levels, ".absmax": constants.codes}
 

@@ -11,7 +11,7 @@ from nf4lab.checkpoints.architecture import save_to_be_found_
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, from_parts, parts_of
 from nf4lab.choice import transformers_models
 from nf4lab.layers.linear import Linear4bit
-from nf4lab.layers.swap import choose_layers, move_hook, replace_layer
+from nf4lab.layers.swap import check_hooks, check_in_memory, choose_layers, move_hook, replace_layer
 from nf4lab.peeks import CAST, peeked_at
 
 MARKS, ASIDE = ("hf_quantizer", "quantization_method", "is_quantized"), "_marks_of_bitsandbytes"
@@ -27,8 +27,8 @@ def adopt_(model: nn.Module) -> list[str]:
     Warns where bitsandbytes has rounded the constants, as it does at the first pass on some CPUs, and where
     transformers casts a layer's input to its weight's dtype (see `nf4lab.peeks`): bitsandbytes' layer was given bytes,
     and nf4lab's is given the numbers. What a model casts while it is loaded, as Swin v2 does, stays bytes.
-    Raises ValueError, naming the layer, where one has no quantized weight yet or is the base of PEFT's adapters (adopt
-    first, then add them), and where there is none.
+    Raises ValueError, naming the layer, where one has no quantized weight yet or none in memory, is the base of PEFT's
+    adapters (adopt first, then add them), or has hooks on its passes, which would be lost, and where there is none.
     """
     names = choose_layers(model, is_bitsandbytes, "*", ())
     _warn_of_rounding(model, names)
@@ -47,8 +47,9 @@ def release_(model: nn.Module) -> list[str]:
     """Put bitsandbytes' Linear4bit in the place of every one of nf4lab in `model`; returns the layers' names.
 
     Warns as `adopt_`: such a layer is given bytes again, and the model answers wrongly.
-    Raises ValueError, naming the layer, where bitsandbytes has no word for its format, and where there is none;
-    ModuleNotFoundError without bitsandbytes. All or nothing.
+    Raises ValueError, naming the layer, where bitsandbytes has no word for its format, where its weight is not in
+    memory or it has hooks on its passes, which would be lost, and where there is none; ModuleNotFoundError without
+    bitsandbytes. All or nothing.
     """
     names = choose_layers(model, lambda layer: isinstance(layer, Linear4bit), "*", ())
     made = [(places, _released(places[0], model.get_submodule(places[0]))) for places in names]
@@ -81,10 +82,14 @@ def _adopted(model: nn.Module, names: list[str]) -> Linear4bit:
     if hasattr(type(parent), "adapter_layer_names"):
         raise ValueError(f"layer {names[0]!r} carries PEFT's adapters: adopt the model first, then add them")
     layer = model.get_submodule(names[0])
+    check_hooks(layer, names[0])
+    check_in_memory(layer, names[0], layer.weight, (layer.out_features, layer.in_features))
     q = from_parts("weight", _parts(layer), names[0])
     if not isinstance(q, QuantizedTensor):
         raise ValueError(f"layer {names[0]!r} is not quantized yet: bitsandbytes does it when a layer is moved")
-    return Linear4bit(q, layer.bias, layer.compute_dtype).train(layer.training)
+    new = Linear4bit(q, layer.bias, layer.compute_dtype).train(layer.training)
+    new.was_conv1d = getattr(getattr(layer, "source_cls", None), "__name__", "") == "Conv1D"  # as transformers marks it
+    return new
 
 
 def _parts(layer: nn.Module) -> dict[str, Tensor]:
@@ -141,6 +146,8 @@ def _set_aside(model: nn.Module) -> None:
 def _released(name: str, layer: Linear4bit) -> nn.Module:
     import bitsandbytes
 
+    check_hooks(layer, name)
+    check_in_memory(layer, name, layer.packed, layer.quantized.shape)
     parts = parts_of("weight", layer.quantized)
     if not any(f"weight{suffix}" in parts for suffix in BITSANDBYTES_STATES):
         raise ValueError(f"layer {name!r}: bitsandbytes has no word for {layer.quantized!r}")

@@ -71,10 +71,21 @@ def shape_of(layout: str) -> torch.Size:
 
 
 def rebuilt(stored: list[Tensor], layout: str, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
-    """The QuantizedTensor whose tensors are `stored`; nothing is copied."""
+    """The QuantizedTensor whose tensors are `stored`; nothing is copied. Raises RuntimeError where one was cast."""
+    _check_dtypes(stored, layout)
     *parts, tensor_scale = parts_of(stored, layout)
     _, format, shape, block_size, _ = read_layout(layout)
     return QuantizedTensor(*parts, format, shape, dtype, block_size, tensor_scale)
+
+
+def _check_dtypes(stored: list[Tensor], layout: str) -> None:
+    for name, tensor in zip(read_layout(layout).names, stored, strict=True):
+        kept = torch.uint8 if name == "packed" or name.endswith("_codes") else torch.float32
+        if tensor.dtype != kept:
+            raise RuntimeError(
+                f"{name} of a 4-bit weight is kept in {kept}, and was cast to {tensor.dtype}, which changes the "
+                "weight: `.to` of the layer leaves it alone"
+            )
 
 
 def parts_of(stored: list[Tensor], layout: str) -> tuple:

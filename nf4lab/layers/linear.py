@@ -22,8 +22,12 @@ class Linear4bit(Stored4bit):
     `nf4lab.kernels.cuda.gemv` where it serves format and dtype; everything else dequantizes, multiplies and forgets.
     The gradient of x is grad @ W_hat, exactly; the weight is frozen and has none.
 
+    was_conv1d: whether it stands for a Conv1D of transformers, which stores its weight transposed.
+
     Raises TypeError unless weight is a QuantizedTensor, ValueError where it is not a matrix or bias does not fit.
     """
+
+    was_conv1d = False
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None):
         _check_parts(weight, bias, compute_dtype)

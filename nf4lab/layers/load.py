@@ -14,7 +14,7 @@ from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
-from nf4lab.layers.swap import replace_layer
+from nf4lab.layers.swap import check_hooks, replace_layer
 
 
 def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
@@ -27,7 +27,8 @@ def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     tied are tied again.
 
     Raises ValueError, naming the tensor, where the model has no place for it, another shape, a parameter that the
-    file lacks, or a buffer on the meta device that no file has; the model is then as it was.
+    file lacks, a buffer on the meta device that no file has, or hooks on a layer that would be lost with it; the model
+    is then as it was.
     """
     stored = dict(iterate_quantized(path))
     if next(transformers_models(model), ("no", None))[0] == "":
@@ -73,6 +74,8 @@ def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
         module = model.get_submodule(parent)
     except AttributeError:
         raise ValueError(f"tensor {name!r} is stored in 4 bits, and the model has no layer {parent!r}") from None
+    if last == "weight":
+        check_hooks(module, parent)
     if last == "weight" and is_plain_linear(module):
         kind, shape, more = Linear4bit, module.weight.shape, (module.bias,)
     elif last == "weight" and is_conv1d(module):
@@ -85,7 +88,10 @@ def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
         raise ValueError(f"tensor {name!r} is stored in 4 bits; {type(module).__name__} {parent!r} takes none")
     if shape != q.shape:
         raise ValueError(f"tensor {name!r} has shape {tuple(q.shape)}; the model's is {tuple(shape)}")
-    return kind(q, *more).train(module.training)
+    layer = kind(q, *more).train(module.training)
+    if is_conv1d(module):
+        layer.was_conv1d = True
+    return layer
 
 
 def _places(model: nn.Module, name: str) -> list[str]:

@@ -5,7 +5,7 @@ Source: LoRA (arXiv:2106.09685); on a 4-bit base, QLoRA (arXiv:2305.14314), sect
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,13 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
-from nf4lab.choice import transformers_models
+from nf4lab.choice import tied_weights, transformers_models
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
 from nf4lab.layers.starts import STARTS, check_start
 from nf4lab.layers.stored import Stored4bit
-from nf4lab.layers.swap import Choice, choose_layers, is_plain_linear, replace_layer, write_quantization_config
+from nf4lab.layers.swap import (
+    Choice,
+    check_hooks,
+    check_in_memory,
+    check_not_offloaded,
+    choose_layers,
+    is_plain_linear,
+    move_hook,
+    replace_layer,
+    write_quantization_config,
+)
 
 
 class LoRALinear(nn.Module):
@@ -68,11 +78,33 @@ class LoRALinear(nn.Module):
         """
         quantized = isinstance(self.base, Linear4bit)
         dtype = dtype or (self.base.dtype if quantized else self.base.weight.dtype)
+        merged = self.base.to_linear(dtype) if quantized else copy.deepcopy(self.base).to(dtype)
+        merged.weight = nn.Parameter(self._sum(dtype).detach())
+        return merged.requires_grad_().train(self.training)
+
+    def _sum(self, dtype: torch.dtype) -> Tensor:
+        """W_hat + scaling * B A, rounded to dtype."""
         wide = torch.promote_types(torch.promote_types(dtype, self.lora_A.dtype), torch.float32)
-        merged = self.base.to_linear(wide) if quantized else copy.deepcopy(self.base).to(wide)
-        with torch.no_grad():
-            merged.weight += self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-        return merged.to(dtype).requires_grad_().train(self.training)
+        base = self.base
+        if isinstance(base, Linear4bit):
+            weight = torch.ops.nf4lab.dequantize_stored(base.stored(), base.layout, wide)
+        else:
+            weight = base.weight.to(wide)
+        return (weight + self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that base and adapter make together, (out_features, in_features), made at every access.
+
+        For code that reads a layer's weight and does not call the layer, as torch's MultiheadAttention does, and T5:
+        gradients reach the adapter through it; dropout does not act on it.
+        """
+        return self._sum(self.base.dtype if isinstance(self.base, Linear4bit) else self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        return self.base.bias
 
     def extra_repr(self) -> str:
         """What repr shows between the brackets."""
@@ -95,14 +127,16 @@ def add_lora_(
 ) -> list[nn.Parameter]:  # fmt: skip
     """Freeze `model` and put an adapter on its linear layers, in place; return the adapters' parameters, to train.
 
-    Linear4bit and plain torch.nn.Linear alike. include, exclude: as for `nf4lab.quantize_model_`.
+    Linear4bit and plain torch.nn.Linear alike, but for layers whose weight something else uses too, as a tied head's:
+    it could not be merged. include, exclude: as for `nf4lab.quantize_model_`.
     init: "zero", at which the model computes what it did, or "loftq" or "pissa" (`nf4lab.layers.starts`), which start
     from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
     the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
 
-    Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for originals that are no mapping, ValueError where
-    the model has adapters already, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4 bits,
-    is smaller than rank, or has no finite original of its shape. The model is then as it was.
+    Hooks on a layer's passes stay on the base. Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for
+    originals that are no mapping, ValueError where the model has adapters already or a layer is offloaded by
+    accelerate, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4 bits, is smaller than
+    rank, or has no finite original of its shape. The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
@@ -111,7 +145,10 @@ def add_lora_(
     if originals is not None and not isinstance(originals, Mapping):
         raise TypeError(f"originals must map names to weights, as a state_dict does; got {type(originals).__name__}")
     _check_sizes(rank, alpha, dropout)
-    chosen = choose_layers(model, _can_adapt, include, exclude)
+    chosen = choose_layers(model, _can_adapt, include, exclude, _tied(model), "adapted")
+    for names in chosen:
+        layer = model.get_submodule(names[0])
+        check_not_offloaded(layer, names[0], (layer.out_features, layer.in_features))
     if init != "zero":
         _check_originals(model, [names[0] for names in chosen], originals or {}, init, rank)
     model.requires_grad_(False)
@@ -156,16 +193,54 @@ def _start(layer: LoRALinear, original: Tensor, init: str) -> None:
 def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every adapted layer of `model` by the plain layer that it merges into, in place.
 
-    The configuration of a model of transformers then says what is left in 4 bits.
-    Raises ValueError where there is none.
+    What was a Conv1D of transformers is one again. The configuration of a model of transformers then says what is left
+    in 4 bits.
+    Raises ValueError where there is none, and, naming the layer, where its weight is not in memory, or where it or its
+    base has hooks on its passes, which would be lost. The model is then as it was.
     """
-    for names in choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", ()):
-        replace_layer(model, names, model.get_submodule(names[0]).merge(dtype))
+    chosen = choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", ())
+    for names in chosen:
+        layer = model.get_submodule(names[0])
+        check_hooks(layer, names[0])
+        check_hooks(layer.base, f"{names[0]}.base")
+        check_in_memory(layer.base, names[0], _data(layer.base), (layer.out_features, layer.in_features))
+    for names in chosen:
+        layer = model.get_submodule(names[0])
+        merged = layer.merge(dtype)
+        merged = _conv1d(merged) if getattr(layer.base, "was_conv1d", False) else merged
+        move_hook(layer.base, merged)
+        replace_layer(model, names, merged)
     for _, part in transformers_models(model):
         if any(isinstance(layer, Stored4bit) for layer in part.modules()):
             write_quantization_config(part)
         elif getattr(part.config, "quantization_config", None) is not None:  # nothing in it is in 4 bits any longer
             del part.config.quantization_config
+
+
+def _conv1d(linear: nn.Linear) -> nn.Module:
+    """transformers' Conv1D, which stores its weight transposed, with the parameters of a linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight, layer.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+    return layer.train(linear.training)
+
+
+def _tied(model: nn.Module) -> Callable[[nn.Module], str]:
+    """A function from a layer to why its weight can't have an adapter; empty where it can."""
+    tied = tied_weights(dict(model.named_modules(remove_duplicate=False)))
+
+    def reason(layer: nn.Module) -> str:
+        others = (n for n in tied.get(id(layer._parameters.get("weight")), ()) if model.get_submodule(n) is not layer)
+        return next((f"its weight is also that of {name}" for name in others), "")
+
+    return reason
+
+
+def _data(base: nn.Module) -> Tensor:
+    """A tensor that a base's weight is stored in."""
+    return base.packed if isinstance(base, Linear4bit) else base.weight
 
 
 def _can_adapt(layer: nn.Module) -> bool:

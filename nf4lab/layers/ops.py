@@ -9,10 +9,14 @@ A plain call goes past the ops, straight to what is prepared; whoever has to see
 mode, a subclass of Tensor, torch.func) sees one. Both compute the same bits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import register_flop_formula
 
 from nf4lab.layers.layout import rebuilt, shape_of
 from nf4lab.layers.prepared import prepared
@@ -49,15 +53,15 @@ def lookup(ids: Tensor, stored: list[Tensor], layout: str, dtype: torch.dtype) -
 
 
 def _seen(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
-    """`linear` for those who have to see what is done; torch.func looks through a product, and not into an op."""
-    if in_transform():
+    """`linear` for those who have to see what is done; some look through a product, and not into an op."""
+    if looks_through():
         return F.linear(x, torch.ops.nf4lab.dequantize_stored(stored, layout, x.dtype), bias)
     return torch.ops.nf4lab.linear(x, stored, bias, layout)
 
 
-def in_transform() -> bool:
-    """Whether this runs inside torch.func's grad, vmap and so on."""
-    return not is_compiling() and transform() is not None
+def looks_through() -> bool:
+    """Whether this runs inside torch.func's grad, vmap and so on, or inside forward-mode differentiation."""
+    return not is_compiling() and (transform() is not None or forward_ad._current_level >= 0)
 
 
 def is_plain(x: Tensor, packed: Tensor, other: Tensor | None) -> bool:
@@ -97,6 +101,8 @@ def input_grad(ctx, grad: Tensor) -> Tensor:
     stored, layout, versions = ctx.weight
     if versions_of(stored) != versions:
         raise RuntimeError("a 4-bit weight has been modified in place between the forward and the backward pass")
+    if looks_through():
+        return grad @ torch.ops.nf4lab.dequantize_stored(stored, layout, grad.dtype)
     if torch.is_grad_enabled() or not is_plain(grad, stored[0], None):
         return torch.ops.nf4lab.linear_input_grad(grad, stored, layout)
     return _linear_input_grad(grad, stored, layout)
@@ -185,15 +191,39 @@ def _linear_input_grad_backward(ctx, grad):
     return torch.ops.nf4lab.linear(grad, stored, None, ctx.layout), [None] * len(stored), None
 
 
+def _mapped(op, takes_more):
+    """An op's rule for vmap: once where only its first argument is a batch and can have more dimensions, else each."""
+
+    def rule(info, in_dims, *arguments):
+        first, *others = tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
+        if takes_more and all(dim is None for dim in others):
+            return op(arguments[0].movedim(first, 0), *arguments[1:]), 0
+        made = []
+        for k in range(info.batch_size):
+            made.append(op(*(_at(argument, dims, k) for argument, dims in zip(arguments, in_dims, strict=True))))
+        return torch.stack(made), 0
+
+    return rule
+
+
+def _at(argument, dims, k: int):
+    """The k-th of a batch of arguments; what is no batch as it is."""
+    if isinstance(argument, list):
+        return [_at(part, dim, k) for part, dim in zip(argument, dims, strict=True)]
+    return argument if dims is None else argument.select(dims, k)
+
+
 library = torch.library.Library("nf4lab", "FRAGMENT")
 
 
 def _define(schema, implementation, fake, backward=None):
-    """Register an op for every device, with its outputs' shapes for torch.compile and its backward for autograd."""
-    name = f"nf4lab::{schema.split('(')[0]}"
+    """Register an op for every device: its outputs' shapes for torch.compile, its backward for autograd, its vmap."""
+    name, takes_more = f"nf4lab::{schema.split('(')[0]}", not schema.split("(")[1].startswith("Tensor[]")
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=library)
+    op = getattr(torch.ops.nf4lab, name.removeprefix("nf4lab::")).default
+    torch.library.register_vmap(name, _mapped(op, takes_more), lib=library)
     if backward:
         torch.library.register_autograd(name, backward, setup_context=_keep, lib=library)
 
@@ -214,3 +244,10 @@ _define(
     "lookup(Tensor ids, Tensor[] stored, str layout, ScalarType dtype) -> Tensor",
     _lookup, _fake_lookup,
 )  # fmt: skip
+
+
+@register_flop_formula([torch.ops.nf4lab.linear, torch.ops.nf4lab.linear_input_grad])
+def _flops(rows, stored, *others, out_shape=None, **named) -> int:
+    """Operations of a product, as torch counts them: an addition for each multiplication, and none for decoding."""
+    *many, last = out_shape
+    return 2 * math.prod(many) * last * rows[-1]

@@ -7,6 +7,7 @@ from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.swap import check_not_offloaded
 
 STORAGES = (torch.uint8, torch.float32)  # of which torch.distributed copies every byte as it is
 
@@ -23,8 +24,8 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
     and a layer then refuses to run; before 2.8, what is trained must be float32 too. Narrower floating dtypes are
     refused: torch's copies between GPUs make all NaNs one, and bytes that look like NaNs are lost (its issue 159333).
 
-    Raises ValueError where there is no 4-bit layer, or one whose bytes are no whole number of quant_storage, where this
-    torch could not cut it, or where it is another dtype.
+    Raises ValueError where there is no 4-bit layer, none left to change, or one that accelerate has offloaded or whose
+    bytes are no whole number of quant_storage; where this torch could not cut it, or where it is another dtype.
     """
     if quant_storage not in STORAGES:
         raise ValueError(
@@ -34,8 +35,11 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
         raise ValueError(f"fully_shard of torch {torch.__version__} cuts no uint8: quant_storage must be float32")
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in SHARDABLE}
     if not layers:
-        raise ValueError("model has no 4-bit layers: quantize it first")
+        done = any(isinstance(layer, _PackedParameter) for layer in model.modules())
+        raise ValueError("model's layers can be sharded already" if done else
+                         "model has no 4-bit layers: quantize it first")  # fmt: skip
     for name, layer in layers.items():
+        check_not_offloaded(layer, name, layer.quantized.shape)
         if layer.packed.nbytes % quant_storage.itemsize:
             raise ValueError(f"{name}: {layer.packed.nbytes} bytes are no whole number of {quant_storage}")
     for layer in layers.values():
@@ -89,7 +93,10 @@ class _PackedParameter(Stored4bit):
         packed, tensor = self._parameters["packed"], _viewed(tensor, self.quant_storage)
         if isinstance(packed, DTensor) and not isinstance(tensor, DTensor):
             tensor = distribute_tensor(tensor, packed.device_mesh, packed.placements, src_data_rank=None)
-        packed.copy_(tensor)
+        if assign:
+            self._parameters["packed"] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            packed.copy_(tensor)
 
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

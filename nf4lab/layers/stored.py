@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nf4lab.blockwise import QuantizedTensor
+from nf4lab.blockwise import DTYPES, QuantizedTensor
 from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
 from nf4lab.layers import ops  # which registers torch.ops.nf4lab
 from nf4lab.layers.layout import layout_of, rebuilt, tensors_of
 
+CANNOT_BE_SET = "a 4-bit layer's weight can't be set: put another layer in its place, made of nf4lab.quantize(weight)"
 FIRST_WORDS = {"weight", *(end.split(".")[1] for end in (*STATES, *BITSANDBYTES_PARTS, *NF4LAB_PARTS))}  # of keys
 
 
@@ -23,6 +24,7 @@ class Stored4bit(nn.Module):
     """
 
     stored = ops.stored_in
+    _came_before: dict[str, Tensor] = {}  # noqa: RUF012 - replaced, never changed
 
     def __init__(self, weight: QuantizedTensor):
         super().__init__()
@@ -45,6 +47,19 @@ class Stored4bit(nn.Module):
         weight = torch.ops.nf4lab.dequantize_stored(self.stored(), self.layout, self.dtype)
         return weight if torch.compiler.is_compiling() else weight.as_subclass(Decoded)
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Nothing, for the weight that is there, as PEFT hands it back; raises AttributeError for any other."""
+        same = isinstance(value, Tensor) and value.shape == self.quantized.shape and torch.equal(value, self.weight)
+        if not same:
+            raise AttributeError(CANNOT_BE_SET)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for every module. Raises AttributeError for a weight, which is no parameter here."""
+        if name == "weight":
+            raise AttributeError(CANNOT_BE_SET)
+        super().register_parameter(name, param)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes."""
@@ -53,7 +68,8 @@ class Stored4bit(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move the stored tensors with the module, but keep their dtypes: absmax in float16 would be another weight."""
         before = {name: self._buffers[name] for name in self.stored_names if name in self._buffers}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        self.dtype = dtype if dtype in DTYPES else self.dtype  # no weight decodes to float8 or complex numbers
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             if self._buffers[name].dtype != tensor.dtype:
@@ -63,6 +79,10 @@ class Stored4bit(nn.Module):
     def _key(self, prefix: str) -> str:
         """The weight's name in a state_dict."""
         return f"{prefix}weight"
+
+    def __prepare_scriptable__(self):
+        """Raises TypeError: what torch.jit.script asks first."""
+        raise TypeError(f"a {type(self).__name__} can't be scripted: use torch.jit.trace or torch.export")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The weight under the keys of bitsandbytes: `weight`, `weight.absmax` and so on."""
@@ -75,14 +95,37 @@ class Stored4bit(nn.Module):
         name = self._key(prefix)
         parts = {key: state_dict.pop(key) for key in list(state_dict) if key == name or key.startswith(f"{name}.")}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if name not in parts:
-            if strict:
-                missing_keys.append(name)
+        parts, missing = self._with_what_came_before(name, parts)
+        if missing:
+            missing_keys += missing if strict else []
             return
         try:
             self._load(from_parts(name, parts), metadata.get("assign_to_params_buffers", False))
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{name}: {error}")
+
+    def _with_what_came_before(self, name: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """(the parts of a weight by key, the keys that are still to come).
+
+        A checkpoint in several files is loaded file by file, and a weight's parts can lie in two of them: what has come
+        is kept until the rest does. What can't be a part of this layer's weight is handed on, to be refused.
+        """
+        keys = self._keys(name)
+        packed = parts.get(name, self.packed)
+        if not parts.keys() <= set(keys) or packed.nbytes != self.packed.nbytes:
+            self._came_before = {}
+            return parts, [] if name in parts else [name]
+        came = self._came_before | {key.removeprefix(name): part for key, part in parts.items()}
+        missing = [key for key in keys if key.removeprefix(name) not in came]
+        self._came_before = came if missing else {}
+        return {name + end: part for end, part in came.items()}, missing
+
+    def _keys(self, name: str) -> list[str]:
+        """The keys of the weight in a state_dict."""
+        try:
+            return list(parts_of(name, self.quantized))
+        except ValueError:  # a normalisation of somebody's own, which no file can hold
+            return [name]
 
     @torch.no_grad()
     def _load(self, found: QuantizedTensor | Tensor, assign: bool) -> None:

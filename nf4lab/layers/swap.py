@@ -133,9 +133,13 @@ def quantize_model_(
 
 
 def choose_layers(
-    model: nn.Module, kind: Callable[[nn.Module], bool], include: Choice, exclude: Choice
-) -> list[list[str]]:
-    """The dotted names of the chosen layers of a kind: one list a layer, more than one name where it is shared."""
+    model: nn.Module, kind: Callable[[nn.Module], bool], include: Choice, exclude: Choice,
+    stays: Callable[[nn.Module], str] = lambda layer: "", done: str = "changed",
+) -> list[list[str]]:  # fmt: skip
+    """The dotted names of the chosen layers of a kind: one list a layer, more than one name where it is shared.
+
+    stays: why a layer is left alone whatever is chosen; empty where it isn't. done: what is done to the chosen.
+    """
     if kind(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
     shared: dict[int, list[str]] = {}
@@ -143,8 +147,11 @@ def choose_layers(
     for name, layer in layers.items():
         if kind(layer):
             shared.setdefault(id(layer), []).append(name)
-    found = [Candidate(tuple(names), "linear", 0, module=layers[names[0]]) for names in shared.values()]
-    return [list(candidate.names) for candidate in choose(found, include, exclude)[0]]
+    found = []
+    for names in shared.values():
+        why = stays(layers[names[0]])
+        found.append(Candidate(tuple(names), "linear", 0, why, always=bool(why), module=layers[names[0]]))
+    return [list(candidate.names) for candidate in choose(found, include, exclude, done=done)[0]]
 
 
 def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
@@ -165,16 +172,34 @@ def _check_names(hessians: Mapping[str, Tensor], everything: list[Candidate]) ->
             raise ValueError(f"hessians has {name!r}, which names no matrix of the model; it has {some}, …")
 
 
+def check_hooks(layer: nn.Module, name: str) -> None:
+    """Raise where a layer has hooks on its passes, which another in its place would lack."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if any(hooks):
+        raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or leave the layer out")
+
+
+def check_in_memory(layer: nn.Module, name: str, stored: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise where what a layer's weight is stored in is not in memory, or only while the layer runs."""
+    check_not_offloaded(layer, name, shape)
+    if stored.is_meta:
+        raise ValueError(f"layer {name!r} is on the meta device: its {tuple(shape)} weight is not in memory")
+
+
+def check_not_offloaded(layer: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Raise where accelerate puts a layer's data away between its passes: what takes its place would lack them."""
+    hook = getattr(layer, "_hf_hook", None)
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        raise ValueError(f"layer {name!r} is offloaded by accelerate: its {tuple(shape)} weight is not in memory")
+
+
 def _check_replaceable(candidate: Candidate) -> None:
     """Raise where a layer cannot be replaced without losing something."""
     layer, name = candidate.module, candidate.names[0]
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    if candidate.kind != "experts" and any(hooks):  # the module of experts stays, with its hooks
-        raise ValueError(f"layer {name!r} has hooks, which would be lost: remove them, or exclude the layer")
+    if candidate.kind != "experts":  # the module of experts stays, with its hooks
+        check_hooks(layer, name)
     weight = _weight(candidate)
-    if weight.is_meta:
-        where = "offloaded by accelerate" if hasattr(layer, "_hf_hook") else "on the meta device"
-        raise ValueError(f"layer {name!r} is {where}: its {tuple(weight.shape)} weight is not in memory")
+    check_in_memory(layer, name, weight, weight.shape)
     if candidate.kind == "embedding" and layer.max_norm is not None:
         raise ValueError(f"layer {name!r} in 4 bits is frozen, and cannot keep rows within max_norm={layer.max_norm}")
 
@@ -200,6 +225,7 @@ def _quantized(
             new = Embedding4bit(q, layer.padding_idx)
         else:
             new = Linear4bit(q, layer.bias, compute_dtype)
+            new.was_conv1d = candidate.kind == "conv1d"
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from None
     row = QuantizedLayer(name, tuple(q.shape), q.format.name, q.bits_per_weight, _error(weight, q))
