@@ -30,6 +30,7 @@ HEADS = ("lm_head", "embed_out", "score")
 HEAD, EMBEDDING, ROUTER = "output head", "embedding", "router"
 # PEFT's parts of an adapter, and those of its kind: lora_A, hada_w1_a, oft_R, …; and copies that are trained whole.
 ADAPTERS = re.compile(r"(^|\.)((lora|hada|lokr|oft|boft|vera|randlora|ia3)_\w+|modules_to_save|original_module)(\.|$)")
+ADAPTED = "PEFT adapts the parameter itself"
 ADAPTER, IN_ROWS = "adapter", "a row for each token or position, by its shape"
 KEPT, EMPTY = "kept in float32", "empty"
 FUSED_EXPERTS = "fused experts, of which transformers reads no 4-bit file"
@@ -62,7 +63,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
     """Every matrix of a model, in the order of its modules, with the reason for what stays."""
     why = list(_kept_by_transformers(model))
     bar = _barring(why)
-    adapters = tuple(f"{name}." for name in _adapters(model))
+    adapters, adapted = tuple(f"{name}." for name in _adapters(model)), set(_adapted_parameters(model))
     places: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -79,6 +80,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
             stays, always = _verdict(modules, names, module, kind, why, tied)
             if any(f"{name}.".startswith(adapters) for name in names):
                 stays, always = ADAPTER, True
+            elif (id(module), weight) in adapted:
+                stays, always = ADAPTED, True
             found.append(Candidate(full, kind, numel, stays, always, bar(names), module))
     return found
 
@@ -158,6 +161,13 @@ def _adapters(model: nn.Module) -> Iterator[str]:
             yield name
         if hasattr(type(module), "prompt_encoder") or "prompt_encoder" in module._modules:
             yield f"{name}.prompt_encoder".lstrip(".")
+
+
+def _adapted_parameters(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """(id of a module, name) of each parameter that PEFT's `target_parameters` names: it must stay a parameter."""
+    for module in model.modules():
+        if hasattr(module, "parameter_name") and hasattr(module, "get_base_layer"):
+            yield id(module.get_base_layer()), module.parameter_name
 
 
 def barred(model: nn.Module) -> Callable[[Iterable[str]], str]:

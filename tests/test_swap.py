@@ -300,6 +300,20 @@ def test_adapters_of_peft_stay_and_can_be_trained(peft_model):
     assert rows.kept["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"] == "adapter"
 
 
+@pytest.mark.parametrize(("name", "parameter"), [("Mixtral", "mlp.experts.gate_up_proj"), ("Llama", "q_proj.weight")])
+def test_parameters_that_peft_adapts_themselves_stay_and_go_on_being_trained(name, parameter):
+    peft, _ = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from architectures import make, outputs
+
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[parameter], init_lora_weights=False)
+    model = peft.get_peft_model(make(name), config)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    rows = nf4lab.quantize_model_(model)
+    assert list(rows.kept.values()).count("PEFT adapts the parameter itself") == 2
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
+    assert len(rows) >= 10 and outputs(model.base_model.model).isfinite().all()
+
+
 def test_a_layer_with_a_hook_of_accelerate_is_quantized_and_keeps_it():
     accelerate = pytest.importorskip("accelerate")
     model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(3, 64)
@@ -351,6 +365,34 @@ def test_fused_experts_answer_as_with_their_dequantized_weights(name, implementa
         w.data.copy_(nf4lab.quantize(w, double_quant=True).dequantize())
     assert sum("experts" in row.name for row in rows) == 4 and rows.kept_share < 0.2
     assert torch.equal(outputs(model), outputs(by_hand))
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 64), (3, 5, 7)])  # experts with blocks of their own, and across blocks
+@pytest.mark.parametrize("format", ["nf4", "uniform", "nvfp4"])
+def test_experts_compile_to_one_graph_and_are_exported_with_the_same_bits(shape, format):
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(shape))
+            nf4lab.Experts4bit.put(self, "up", nf4lab.Experts4bit(nf4lab.quantize(self.up, format)))
+
+        def forward(self, x):
+            one_by_one = sum(x @ self.up[k] for k in (0, 2, -1))
+            return one_by_one + torch.einsum("bi,eio->bo", x, self.up) + x @ self.up.transpose(0, 1)[:, 1]
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = Mixture(), torch.randn(3, shape[1], requires_grad=True)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (model, compiled)))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert torch.equal(model.up[True], model.up.weight[True])
+    for k in range(-shape[0], shape[0]):
+        assert torch.equal(model.up[k], model.up.weight[k])
+    arguments = model.up.stored(), 1, model.up.layout, torch.bfloat16
+    torch.library.opcheck(torch.ops.nf4lab.expert.default, arguments)
 
 
 def test_gpt_2s_transposed_layers_answer_as_with_their_dequantized_weights():

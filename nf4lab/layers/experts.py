@@ -5,14 +5,10 @@ module whose forward pass either takes experts one by one or hands the whole to 
 such a parameter stands for a tensor: `weight[i]` decodes one expert, anything else decodes all of them.
 """
 
-import math
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.formats.double_quant import decoded
 from nf4lab.layers.stored import Stored4bit
 
 
@@ -34,6 +30,7 @@ class Experts4bit(Stored4bit):
         if len(weight.shape) != 3:
             raise ValueError(f"experts have shape (n_experts, rows, columns); got {tuple(weight.shape)}")
         super().__init__(weight)
+        self.shape = torch.Size(weight.shape)  # an attribute, which torch.compile can ask for
 
     @staticmethod
     def put(module: nn.Module, name: str, experts: "Experts4bit") -> None:
@@ -44,35 +41,23 @@ class Experts4bit(Stored4bit):
 
     def __getitem__(self, index) -> Tensor:
         """One expert decoded where index is an integer; else the same part of all of them, decoded."""
-        is_one = isinstance(index, int) or (
+        is_one = (isinstance(index, int) and not isinstance(index, bool)) or (
             isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
         )
-        return self._expert(int(index)) if is_one else self.weight[index]
-
-    def _expert(self, index: int) -> Tensor:
-        q = self.quantized
-        n, size = q.shape[0], math.prod(q.shape[1:])
-        if size % q.block_size or not -n <= index < n:
-            return self.weight[index]
-        blocks = slice(index % n * size // q.block_size, (index % n + 1) * size // q.block_size)
-        width = q.packed.numel() // n  # bytes of an expert
-        scale, location = (None if c is None else decoded(c)[blocks] for c in (q.stored_scale, q.stored_location))
-        packed = q.packed[index % n * width :][:width]
-        part = replace(q, packed=packed, stored_scale=scale, stored_location=location, shape=q.shape[1:])
-        return part.dequantize()
+        if is_one and -len(self) <= (index := int(index)) < len(self):
+            return torch.ops.nf4lab.expert(self.stored(), index % len(self), self.layout, self.dtype)
+        return self.weight[index]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getattr__(self, name: str):
-        """What a module lacks and a tensor has, such as `shape` or `transpose`, is the decoded tensor's."""
+        """What a module lacks and a tensor has, such as `transpose`, is the decoded tensor's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
-        if name == "shape":
-            return self.quantized.shape
         if name == "device":
             return self.packed.device
         return getattr(self.weight, name)

@@ -10,6 +10,7 @@ mode, a subclass of Tensor, torch.func) sees one. Both compute the same bits.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
+from nf4lab.formats.double_quant import decoded
 from nf4lab.layers.layout import rebuilt, shape_of
 from nf4lab.layers.prepared import prepared
 
@@ -153,6 +155,22 @@ def _lookup(ids: Tensor, stored: list[Tensor], layout: str, dtype: torch.dtype) 
     return rows.reshape(*ids.shape, k)
 
 
+def _expert(stored: list[Tensor], index: int, layout: str, dtype: torch.dtype) -> Tensor:
+    q = rebuilt(stored, layout, dtype)
+    n, size = q.shape[0], math.prod(q.shape[1:])
+    if size % q.block_size:  # experts share blocks
+        return prepared(stored, layout, dtype).weight(stored)[index].clone()
+    per_expert = size // q.block_size
+    blocks, n_bytes = slice(index * per_expert, (index + 1) * per_expert), q.packed.numel() // n
+    scale, location = (None if c is None else decoded(c)[blocks] for c in (q.stored_scale, q.stored_location))
+    packed = q.packed[index * n_bytes :][:n_bytes]
+    return replace(q, packed=packed, stored_scale=scale, stored_location=location, shape=q.shape[1:]).dequantize()
+
+
+def _fake_expert(stored, index, layout, dtype):
+    return stored[0].new_empty(shape_of(layout)[1:], dtype=dtype)
+
+
 def _fake_lookup(ids, stored, layout, dtype):
     return ids.new_empty(*ids.shape, shape_of(layout)[1], dtype=dtype)
 
@@ -239,6 +257,10 @@ _define(
 _define(
     "dequantize_stored(Tensor[] stored, str layout, ScalarType dtype) -> Tensor",
     _dequantize, _fake_dequantize,
+)  # fmt: skip
+_define(
+    "expert(Tensor[] stored, int index, str layout, ScalarType dtype) -> Tensor",
+    _expert, _fake_expert,
 )  # fmt: skip
 _define(
     "lookup(Tensor ids, Tensor[] stored, str layout, ScalarType dtype) -> Tensor",
