@@ -7,6 +7,7 @@ the work is done.
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_to(subparsers)
     options = parser.parse_args(arguments)
     before = listen()
+    if arguments is None:  # a process of its own: what is loaded stays, and is not to be searched for garbage
+        gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -297,9 +297,11 @@ def is_head(name: str) -> bool:
 def is_router(name: str, exists: Callable[[str], bool]) -> bool:
     """Whether a layer of that name chooses among experts: a router by name, or a gate that stands beside experts."""
     parent, dot, last = name.rpartition(".")
+    if last != "gate":
+        return last == "router"
     first = (f"0.{part}.weight" for part in ("w1", "gate_proj", "up_proj", "down_proj"))
     beside = (f"{parent}{dot}experts{rest}" for rest in ("", *(f".{part}" for part in ("0", "gate_up_proj", *first))))
-    return last == "router" or (last == "gate" and any(map(exists, beside)))
+    return any(map(exists, beside))
 
 
 def is_wo(name: str, exists: Callable[[str], bool]) -> bool:
@@ -329,10 +331,9 @@ def choose(
     _check_possible(found, include, done)
     chosen, others = [], []
     for k, candidate in enumerate(found):
-        named = k in wanted and _is_named(candidate, include)
         if k in unwanted or k not in wanted:
             others.append((candidate, EXCLUDED if k in unwanted else candidate.stays or NOT_INCLUDED))
-        elif candidate.stays and (candidate.always or not named):
+        elif candidate.stays and (candidate.always or not _is_named(candidate, include)):
             others.append((candidate, candidate.stays))
         else:
             chosen.append(candidate)

@@ -154,10 +154,13 @@ def test_what_no_reader_could_open_is_not_written(tmp_path, name, tensor, error,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_conjugate_is_saved_as_the_numbers_that_it_is(tmp_path):
-    z = torch.tensor([1 + 2j, 3j], dtype=torch.complex64).conj()
-    nf4lab.save_quantized(tmp_path / "a.safetensors", {"z": z})
-    assert torch.equal(nf4lab.load_quantized(tmp_path / "a.safetensors")["z"], z)
+def test_a_view_is_saved_as_the_numbers_that_it_is(tmp_path):
+    z = torch.tensor([[1 + 2j, 3j]], dtype=torch.complex64)
+    views = {"conjugate": z.conj(), "negative": z.conj().imag, "one": z.conj().imag[0, 1], "repeated": z.expand(3, 2)}
+    views |= {"turned": z.real.bfloat16().T, "in 8 bits": z.real.to(torch.float8_e4m3fn)[0, ::2]}
+    nf4lab.save_quantized(tmp_path / "a.safetensors", views)
+    for name, tensor in nf4lab.load_quantized(tmp_path / "a.safetensors").items():
+        assert torch.equal(tensor.to(torch.complex64), views[name].to(torch.complex64)), name
 
 
 def test_a_model_of_another_shape_is_refused_by_the_tensors_name(tmp_path):

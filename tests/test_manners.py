@@ -1,5 +1,6 @@
 """The manners of the command line: what it is called, what it says of files and mistakes, what it leaves behind."""
 
+import gc
 import itertools
 import json
 import os
@@ -56,6 +57,12 @@ def test_the_installed_command_is_the_same_program():
 
     found = importlib.metadata.entry_points(group="console_scripts", name="nf4lab")
     assert [entry.value for entry in found] == ["nf4lab.__main__:main"]
+
+
+def test_a_program_that_calls_main_keeps_its_garbage_collection(tmp_path):
+    before = gc.get_freeze_count()
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert gc.get_freeze_count() == before
 
 
 # --- files told by what they are

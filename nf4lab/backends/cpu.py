@@ -52,12 +52,10 @@ def encode_constants(constants: Tensor, offset: Tensor | None, map: Format, grou
     from nf4lab.kernels import cpu
 
     n = constants.numel()
-    codes = torch.empty(n, dtype=torch.uint8, device=constants.device)
-    group_absmax = torch.empty(-(-n // group_size), dtype=torch.float32, device=constants.device)
+    codes, group_absmax = np.empty(n, np.uint8), np.empty(-(-n // group_size), np.float32)
     shift = np.float32(0 if offset is None else offset.item())
-    arrays = (part.numpy() for part in (codes, group_absmax))
-    cpu.encode_constants(constants.numpy(), shift, _map_table(map), group_size, *arrays)
-    return codes, group_absmax
+    cpu.encode_constants(constants.numpy(), shift, _map_table(map), group_size, codes, group_absmax)
+    return torch.from_numpy(codes), torch.from_numpy(group_absmax)
 
 
 def dequantize(
@@ -200,8 +198,8 @@ def _array(tensor: Tensor | None) -> np.ndarray:
     """The tensor's memory as a flat array, 16-bit floats as their bit patterns; None as no constants at all."""
     if tensor is None:
         return np.empty(0, np.float32)
-    flat = tensor.ravel()
-    return flat.view(torch.uint16).numpy() if flat.dtype.itemsize == 2 else flat.numpy()
+    bits = tensor.view(torch.uint16) if tensor.itemsize == 2 else tensor
+    return bits.numpy().ravel()
 
 
 def _threads() -> int:

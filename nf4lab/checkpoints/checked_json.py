@@ -12,4 +12,4 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 def is_shape(value: object) -> bool:
     """Whether a JSON value is a list of integers from 0 up; a bool is not one."""
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0

@@ -64,7 +64,7 @@ def parts_of(name: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
 
 def _is_bitsandbytes(q: QuantizedTensor) -> bool:
     """Whether bitsandbytes has words for this tensor."""
-    known = any(q.format == FORMATS[name] for name in BITSANDBYTES_STATES.values())
+    known = q.format.name in BITSANDBYTES_STATES.values() and q.format == FORMATS[q.format.name]
     return known and (isinstance(q.stored_scale, Tensor) or q.stored_scale.double_quant == DoubleQuant())
 
 

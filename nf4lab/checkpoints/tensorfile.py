@@ -47,6 +47,7 @@ NAMES = {
 }  # fmt: skip
 DTYPES = {name: getattr(torch, torch_name) for name, torch_name in NAMES.items() if hasattr(torch, torch_name)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize; NumPy lacks some of the dtypes
 
 
 class Entry(NamedTuple):
@@ -198,7 +199,8 @@ class TensorWriter:
             )
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name!r}: a safetensors file cannot hold {tensor.dtype}")
-        start, nbytes = self._at, self._file.write(tensor.resolve_conj().ravel().view(torch.uint8).numpy(force=True))
+        bits = tensor.resolve_conj().resolve_neg().contiguous().view(BITS[tensor.itemsize])
+        start, nbytes = self._at, self._file.write(bits.numpy(force=True))
         self._at, self.nbytes[name] = start + nbytes, nbytes
         self._entries.append(
             f'{as_json(name)}:{{"dtype":"{DTYPE_NAMES[tensor.dtype]}","shape":{list(tensor.shape)},'
