@@ -31,7 +31,7 @@ from nf4lab.choice import skips
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from architectures import ARCHITECTURES, make, outputs  # noqa: E402
+from architectures import ARCHITECTURES, make, outputs, plainly  # noqa: E402
 
 
 @pytest.fixture
@@ -101,11 +101,53 @@ def test_a_class_with_a_head_of_its_own_opens_a_folder_that_lacks_it(folder_of, 
     assert type(head) is torch.nn.Linear and torch.isfinite(head.weight).all()
 
 
+@pytest.mark.parametrize("kind", ["", "ForPreTraining", "ForNextSentencePrediction", "ForMultipleChoice"])
+@pytest.mark.parametrize("way", ["folder", "memory"])
+@pytest.mark.parametrize("has_pooler", [True, False])  # BERT's files have one, and say MaskedLM; RoBERTa's lack it
+def test_what_another_class_has_beside_the_saved_one_is_opened_in_full_precision(tmp_path, kind, way, has_pooler):
+    config = transformers.BertConfig(**ARCHITECTURES["MiniLM"][2])
+    torch.manual_seed(0)
+    source = transformers.BertForPreTraining(config) if has_pooler else transformers.BertForMaskedLM(config)
+    source.save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["BertForMaskedLM"]}))
+    if way == "folder":
+        nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    else:
+        nf4lab.quantize_model_(source, exclude=["*pooler*", "*seq_relationship"] if has_pooler else ())
+        source.save_pretrained(tmp_path / "out")
+    model_class = getattr(transformers, f"Bert{kind or 'Model'}")
+    opened, plain = (model_class.from_pretrained(tmp_path / name) for name in ("out", "in"))
+    base = getattr(opened, "bert", opened)
+    assert type(base.pooler.dense) is nn.Linear
+    assert type(base.encoder.layer[0].output.dense).__name__ == "Linear4bit"
+    if has_pooler:
+        assert torch.equal(base.pooler.dense.weight, getattr(plain, "bert", plain).pooler.dense.weight)
+
+
+def test_a_layer_that_is_left_out_is_so_in_the_model_without_a_head_too(bitsandbytes, folder_of, tmp_path):
+    folder, model = folder_of("Llama")
+    nf4lab.quantize_checkpoint(folder, tmp_path / "out", exclude="*layers.1.mlp*")
+    opened = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    nf4lab.quantize_model_(model, exclude="*layers.1.mlp*")
+    assert type(opened.layers[1].mlp.up_proj) is nn.Linear
+    ids = torch.arange(1, 8)[None]
+    assert torch.equal(plainly(opened)(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
 def test_a_name_that_would_skip_a_quantized_layer_stands_anchored():
     linear = ["score", "layer.1.score", "layer.1", "layer.1.mlp", "a.fc"]
     skip = architecture.skip_modules(linear, {"layer.1.score", "layer.1.mlp"})
     assert {name for name in linear if skips(skip, name)} == {"score", "layer.1", "a.fc"}
     assert "a.fc" in skip and "^score$" in skip and "lm_head" in skip
+
+
+def test_a_name_is_skipped_with_and_without_what_some_classes_have_before_it():
+    linear = ["bert.pooler.dense", "bert.layer.0.dense", "bert.layer.1.dense", "dense"]
+    skip = architecture.skip_modules(linear, {"bert.layer.0.dense"}, "bert")
+    expected = {"pooler.dense", "layer.1.dense", "dense"}
+    for name in (*expected, "layer.0.dense"):
+        assert skips(skip, name) == skips(skip, f"bert.{name}") == (name in expected)
 
 
 def test_a_part_that_ends_several_names_stands_for_them_where_it_skips_no_quantized_layer():

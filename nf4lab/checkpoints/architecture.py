@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.tensorfile import TensorFile
-from nf4lab.choice import FUSED_EXPERTS, Candidate, candidates, candidates_by_name, taken_apart
+from nf4lab.choice import (
+    FUSED_EXPERTS,
+    Candidate,
+    candidates,
+    candidates_by_name,
+    is_conv1d,
+    is_plain_linear,
+    taken_apart,
+)
 
 # Models whose linear layers are Conv1D, which stores its weight transposed; no name tells them.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -45,7 +54,8 @@ class Architecture(NamedTuple):
     """candidates: the matrices of a file, named by its keys. modules: those of transformers' model by key.
 
     parts: of each matrix that is split when a model is loaded, the rows, from and to, by the name of what they become.
-    linear: the names of all layers that transformers would quantize or skip. known: whether transformers told.
+    linear: the names of all layers that transformers would quantize or skip, in whichever of its classes opens the
+    folder, and prefix: what their names may begin with. known: whether transformers told.
     closed: why it opens no file of this model in 4 bits, whatever is quantized; empty where it does.
     """
 
@@ -54,6 +64,7 @@ class Architecture(NamedTuple):
     linear: list[str]
     known: bool
     closed: str = ""
+    prefix: str = ""
     parts: Mapping[str, Rows] = MappingProxyType({})
 
 
@@ -198,7 +209,8 @@ def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]
             found.append(replace(known, names=(key,), stays=stays, barred=known.barred or renamed, module=None))
             modules[key] = (place.removesuffix(".weight"),)
     linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
-    return Architecture(found, modules, linear, known=True, closed=taken_apart(model), parts=parts)
+    linear += layers_elsewhere(model, linear)
+    return Architecture(found, modules, linear, True, taken_apart(model), model.base_model_prefix, parts)
 
 
 def _of_all(key: str, numel: int, parts: list[Candidate]) -> Candidate:
@@ -328,14 +340,50 @@ def _converted(model: nn.Module, place: str, patterns: dict, converters: dict, t
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:
+def layers_elsewhere(model: nn.Module, linear: Iterable[str]) -> list[str]:
+    """The linear layers that transformers' other classes have for a model's configuration, beside those named.
+
+    A pooler, heads: what a folder has of these, it has in full precision, and what it lacks is made anew. A class of
+    which most layers are others is another model.
+    """
+    place, config = type(model).__module__, getattr(model, "config", None)
+    kinds = vars(sys.modules[place]).values() if place.startswith("transformers.models.") else ()
+    known, found = {_bare(name, getattr(model, "base_model_prefix", "")) for name in linear}, {}
+    for kind in kinds:
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
+            names = [_bare(name, kind.base_model_prefix) for name in _linear_in(kind, config)]
+            others = [name for name in names if name not in known]
+            found |= dict.fromkeys(others if 2 * len(others) <= len(names) else ())
+    return list(found)
+
+
+def _linear_in(kind: type, config) -> list[str]:
+    """The linear layers of a class of transformers; none of one that nobody makes, or that wants more than `config`."""
+    with quiet(), warnings.catch_warnings(action="ignore"), torch.random.fork_rng([]), torch.device("meta"):
+        try:
+            model = kind._from_config(copy.deepcopy(config))
+        except Exception:  # whatever a class does with values that it does not expect
+            return []
+    return [name for name, module in model.named_modules() if is_plain_linear(module) or is_conv1d(module)]
+
+
+def _bare(name: str, prefix: str) -> str:
+    """A layer's name without what some of transformers' classes have before it."""
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def skip_modules(linear: Iterable[str], quantized: set[str], prefix: str = "") -> list[str]:
     """transformers' list of modules to skip, such that it replaces the quantized ones among `linear` and no other.
 
+    prefix: what stands before names in some of its classes, and in others not: a name without skips both.
     A name skips every module that ends in it too; where that would be a quantized one, the name stands anchored. The
     last part stands for several names that end in it, where it may: transformers tries the whole list on every module.
     """
-    names = [name for name in linear if name not in quantized]
-    forward, backward = sorted(quantized), sorted(name[::-1] for name in quantized)
+    in_4_bits = {_bare(name, prefix) for name in quantized}
+    names = list(dict.fromkeys(name for name in (_bare(n, prefix) for n in linear) if name not in in_4_bits))
+    in_4_bits |= {f"{prefix}.{name}" for name in in_4_bits if prefix}
+    forward, backward = sorted(in_4_bits), sorted(name[::-1] for name in in_4_bits)
+    optional = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
 
     def would_skip(name: str) -> bool:
         starts, ends = _first_from(forward, name), _first_from(backward, name[::-1])
@@ -344,7 +392,7 @@ def skip_modules(linear: Iterable[str], quantized: set[str]) -> list[str]:
     ends = Counter(name.rpartition(".")[2] for name in names)
     short = {end for end, n in ends.items() if n > 1 and not would_skip(end)}
     names = [end if (end := name.rpartition(".")[2]) in short else name for name in names]
-    listed = [f"^{re.escape(name)}$" if would_skip(name) else name for name in names]
+    listed = [f"^{optional}{re.escape(name)}$" if would_skip(name) else name for name in names]
     return sorted({*listed, *(head for head in NEW_HEADS if not would_skip(head))})
 
 

@@ -202,7 +202,8 @@ def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How, dtype
     reasons = ((c.names[0], _not_for_transformers(c)) for c in chosen)
     beyond = next((f"transformers reads no 4-bit {name}: {reason}" for name, reason in reasons if reason), "")
     ours = not_for_bitsandbytes(how.format, how.block_size, how.double_quant) or judged.closed or beyond
-    return quantization_config(how.format, how.double_quant, skip_modules(judged.linear, quantized), ours, dtype)
+    skip = skip_modules(judged.linear, quantized, judged.prefix)
+    return quantization_config(how.format, how.double_quant, skip, ours, dtype)
 
 
 def _not_for_transformers(candidate: Candidate) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
-from nf4lab.checkpoints.architecture import save_to_be_found_, skip_modules
+from nf4lab.checkpoints.architecture import layers_elsewhere, save_to_be_found_, skip_modules
 from nf4lab.checkpoints.folder import not_for_bitsandbytes, quantization_config, warn_of_widths
 from nf4lab.choice import (
     EXCLUDED,
@@ -262,7 +262,8 @@ def write_quantization_config(model: nn.Module) -> None:
     reasons = (_not_for_transformers(name, layer, bar([name])) for name, layer in layers.items())
     first = next(iter(layers.values())).quantized
     linear = [name for c in candidates(model) if c.kind in ("linear", "conv1d") for name in c.names]
-    skip = skip_modules([*linear, *layers], set(layers))
+    elsewhere = layers_elsewhere(model, [*linear, *layers])
+    skip = skip_modules([*linear, *layers, *elsewhere], set(layers), getattr(model, "base_model_prefix", ""))
     is_double = not isinstance(first.stored_scale, Tensor)
     ours = next(filter(None, [taken_apart(model), *reasons]), "")
     if any(isinstance(layer, Experts4bit) for layer in layers.values()):
