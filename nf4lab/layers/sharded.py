@@ -21,8 +21,9 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
 
     quant_storage: the dtype that the parameter's bytes pass under, as bitsandbytes calls it: uint8, or float32 for
     torch before 2.12, which cuts floating dtypes only (its issue 177844). There mixed precision would cast float32,
-    and a layer then refuses to run; before 2.8, what is trained must be float32 too. Narrower floating dtypes are
-    refused: torch's copies between GPUs make all NaNs one, and bytes that look like NaNs are lost (its issue 159333).
+    and a layer then refuses to run; before 2.8, every other parameter must be float32 too (its issue 154082). Narrower
+    floating dtypes are refused: torch's copies between GPUs make all their NaNs one, and bytes that look like NaNs are
+    lost (its issue 159333).
 
     Raises ValueError where there is no 4-bit layer, none left to change, or one that accelerate has offloaded or whose
     bytes are no whole number of quant_storage; where this torch could not cut it, or where it is another dtype.
