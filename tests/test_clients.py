@@ -303,6 +303,31 @@ def test_a_layer_with_hooks_is_refused_by_everything_that_replaces_layers(bitsan
     assert model.model.layers[1].mlp.up_proj is layer
 
 
+def test_a_model_that_accelerate_has_offloaded_can_not_be_saved_and_could_before(tmp_path):
+    import accelerate
+
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    model.save_pretrained(tmp_path / "before")
+    expected = outputs(model)
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    assert torch.equal(outputs(model), expected)
+    with pytest.raises(NotImplementedError, match="no data"):
+        model.save_pretrained(tmp_path / "after")
+    again = make("Llama", seed=1)
+    nf4lab.load_model_(again, tmp_path / "before")
+    accelerate.dispatch_model(again, {"": "cpu"})
+    assert torch.equal(outputs(again), expected)
+
+
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_tokens_are_not_added_to_a_table_or_a_head_in_4_bits(named):
+    model = make("Llama")
+    nf4lab.quantize_model_(model, include=["*", f"*{named}*"])
+    with pytest.raises(TypeError, match="which is not an instance of"):
+        model.resize_token_embeddings(140)
+
+
 def test_a_model_saved_in_several_files_is_loaded_file_by_file_as_accelerate_does(tmp_path):
     import accelerate
 
@@ -611,6 +636,12 @@ def test_pefts_modules_to_save_train_nothing_of_a_4_bit_layer_and_all_of_one_tha
         config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"])
         model = peft.get_peft_model(model, peft_lora.register(config))
         assert sum("o_proj" in name for name, p in model.named_parameters() if p.requires_grad) == trained
+    model = make("Mixtral")
+    nf4lab.quantize_model_(model)
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        model = peft.get_peft_model(model, peft_lora.register(config))
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
 
 
 def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():

@@ -564,6 +564,26 @@ def test_torchs_counter_of_operations_counts_a_4_bit_product_as_a_frozen_plain_o
     assert counts[0] == counts[1] == 2 * (2 * 6 * 100 * 37)  # forward and backward
 
 
+def test_rows_of_a_nested_tensor_are_multiplied_and_differentiated():
+    layer = quantized("nf4", 64, True)
+    parts = [normal(rows, 100, seed=rows) for rows in (2, 3)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = layer(x)
+    for part, found in zip(parts, y.unbind(), strict=True):
+        torch.testing.assert_close(found, layer(part))
+    y.values().sum().backward()
+    torch.testing.assert_close(x.grad.values(), torch.ones(5, 37) @ layer.weight)
+
+
+def test_torchs_pipelining_cuts_a_4_bit_model_into_stages():
+    from torch.distributed.pipelining import SplitPoint, pipeline
+
+    model = nn.Sequential(quantized("nf4", 64, True), nn.Linear(37, 100), quantized("uniform", 32, True))
+    x = normal(4, 100)
+    stages = pipeline(model, (x,), split_spec={"2": SplitPoint.BEGINNING})
+    assert torch.equal(stages.get_stage_module(1)(stages.get_stage_module(0)(x)), model(x))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_of_every_kind_give_the_bits_of_a_plain_one(device):
     layer, x = quantized("nf4", 64, True, device=device), normal(6, 100, device=device)
@@ -700,16 +720,21 @@ def test_what_torch_wants_a_parameter_for_is_refused_and_the_layer_is_as_it_was(
     assert torch.equal(torch.func.functional_call(model, parts, x), before)
 
 
-@pytest.mark.parametrize("how", [{}, {"use_buffers": True}])
-def test_averaged_weights_of_a_4_bit_model_keep_its_codes_by_default_and_lose_them_with_buffers(how):
+@pytest.mark.parametrize(
+    ("how", "storage", "kept"),
+    [({}, None, True), ({"use_buffers": True}, None, False), ({}, torch.uint8, False), ({}, torch.float32, False)],
+)
+def test_averaged_weights_of_a_4_bit_model_keep_its_codes_where_only_what_trains_is_averaged(how, storage, kept):
     from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
     model = nn.Sequential(nf4lab.Linear4bit.from_linear(nn.Linear(64, 64)))
     model[0].packed.copy_(torch.arange(2048).remainder(256))  # every byte there is
+    if storage is not None:
+        nf4lab.shardable_(model, storage)
     averaged = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), **how)
     for _ in range(2):
         averaged.update_parameters(model)
-    assert torch.equal(averaged.module[0].packed, model[0].packed) == (how == {})
+    assert torch.equal(averaged.module[0].quantized.packed, model[0].quantized.packed) == kept
 
 
 def test_back_to_a_plain_layer():

@@ -56,7 +56,7 @@ def lookup(ids: Tensor, stored: list[Tensor], layout: str, dtype: torch.dtype) -
 
 def _seen(x: Tensor, stored: list[Tensor], bias: Tensor | None, layout: str) -> Tensor:
     """`linear` for those who have to see what is done; some look through a product, and not into an op."""
-    if looks_through():
+    if x.is_nested or looks_through():
         return F.linear(x, torch.ops.nf4lab.dequantize_stored(stored, layout, x.dtype), bias)
     return torch.ops.nf4lab.linear(x, stored, bias, layout)
 

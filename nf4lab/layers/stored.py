@@ -89,7 +89,8 @@ class Stored4bit(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         shared = {tensor.data_ptr() for tensor in self.stored()}  # with the layer, as in any state_dict
         parts = parts_of(self._key(prefix), self.quantized)
-        destination.update({key: part if part.data_ptr() in shared else part.clone() for key, part in parts.items()})
+        for key, part in parts.items():  # not the buffer itself: who looks for it finds it under its own name only
+            destination[key] = part.detach() if part.data_ptr() in shared else part.clone()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         name = self._key(prefix)
