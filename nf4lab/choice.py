@@ -63,7 +63,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
     """Every matrix of a model, in the order of its modules, with the reason for what stays."""
     why = list(_kept_by_transformers(model))
     bar = _barring(why)
-    adapters, adapted = tuple(f"{name}." for name in _adapters(model)), set(_adapted_parameters(model))
+    adapters, adapted = tuple(f"{name}." for name in adapters_in(model)), set(_adapted_parameters(model))
     places: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -152,7 +152,7 @@ def tied_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     return {weight: list(by.values()) for weight, by in users.items() if len(by) > 1 and not all(kinds[m] for m in by)}
 
 
-def _adapters(model: nn.Module) -> Iterator[str]:
+def adapters_in(model: nn.Module) -> Iterator[str]:
     """The names of modules that PEFT, or something that marks its layers as PEFT does, has put in to be trained."""
     for name, module in model.named_modules():
         marked = getattr(type(module), "adapter_layer_names", ()) + getattr(type(module), "other_param_names", ())

@@ -56,9 +56,9 @@ def _paths(kind: type) -> dict[tuple, str]:
 
 @functools.cache
 def _in_file(module: str) -> dict[str, list[tuple[tuple, str]]]:
-    """The same for each class that a module of Python defines; nothing where it has no source, or is torch's own."""
+    """The same for each class that a module of Python defines; nothing for torch's, ours, and those without source."""
     try:
-        source = "" if module.partition(".")[0] == "torch" else inspect.getsource(sys.modules[module])
+        source = "" if module.partition(".")[0] in ("torch", "nf4lab") else inspect.getsource(sys.modules[module])
         tree = ast.parse(source if ".weight" in source or "parameters()" in source else "")
     except (OSError, TypeError, SyntaxError):
         return {}

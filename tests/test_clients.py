@@ -71,6 +71,8 @@ def test_what_bitsandbytes_wrote_is_adopted_and_released_with_the_same_answers(b
     assert nf4lab.release_(model) == names
     assert {n: p.dtype for n, p in model.named_parameters()} == dtypes
     assert torch.equal(outputs(plainly(model)), expected)
+    assert nf4lab.adopt_(model) == names
+    assert [layer.was_conv1d for layer in (model.get_submodule(n) for n in names)] == [name == "GPT-2"] * len(names)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
@@ -642,6 +644,19 @@ def test_pefts_modules_to_save_train_nothing_of_a_4_bit_layer_and_all_of_one_tha
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):
         model = peft.get_peft_model(model, peft_lora.register(config))
     assert not [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
+
+
+def test_pefts_adapters_on_a_square_layer_of_gpt_2_merge_as_they_answer_whatever_fan_in_fan_out_says():
+    peft = pytest.importorskip("peft")
+    from nf4lab.layers import peft_lora
+
+    model = make("GPT-2")
+    nf4lab.quantize_model_(model)
+    config = peft.LoraConfig(target_modules=["attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    model = peft.get_peft_model(model, peft_lora.register(config)).eval()
+    layer, x = model.base_model.model.transformer.h[0].attn.c_proj, torch.randn(3, 64)
+    change = layer(x) - layer.base_layer(x)
+    torch.testing.assert_close(change, x @ layer.get_delta_weight("default").T)
 
 
 def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():

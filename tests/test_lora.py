@@ -1,6 +1,7 @@
 """LoRA on a frozen layer: where it starts, what trains, what merging gives, and that PEFT on bitsandbytes agrees."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -195,6 +196,32 @@ def test_code_that_reads_the_weight_of_an_adapted_layer_finds_base_and_adapter(q
     assert gradient is not None and gradient.any()  # torch multiplies by out_proj's weight and never calls it
     nf4lab.merge_lora_(block)
     torch.testing.assert_close(block(x), y)
+
+
+@pytest.mark.parametrize("name", ["Llama", "T5"])
+def test_a_model_with_adapters_is_quantized_under_them(name):
+    pytest.importorskip("transformers")
+    from architectures import make, outputs
+
+    model = make(name)
+    parameters = nf4lab.add_lora_(model, include="*.[qvo]*")  # of T5 wo too, which transformers keeps in float32
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+    rows, by_hand = nf4lab.quantize_model_(model), copy.deepcopy(model)
+    for row in rows:
+        by_hand.set_submodule(row.name, by_hand.get_submodule(row.name).to_linear())
+    assert sum(row.name.endswith(".base") for row in rows) >= 4
+    assert not any(row.name.endswith("wo.base") for row in rows)
+    assert [p for p in model.parameters() if p.requires_grad] == parameters
+    assert torch.equal(outputs(model), outputs(by_hand))
+
+
+def test_a_model_with_pefts_adapters_gets_no_others_on_top():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="model has PEFT's adapters already, which would be frozen"):
+        nf4lab.add_lora_(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 2
 
 
 @pytest.mark.parametrize("part", ["0", "0.base"])

@@ -58,6 +58,28 @@ def test_one_process_alone_saves_and_loads_4_bit_layers_by_torchs_distributed_ch
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="this torch cuts no uint8")
+def test_a_weight_that_lies_in_parts_is_refused_in_words_where_it_is_read(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    nf4lab.quantize_model_(model)
+    x, before = torch.randn(3, 64), model[0].weight.clone()
+    expected = model(x)
+    nf4lab.shardable_(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        for read in (lambda: model[0].weight, lambda: model[0](x)):
+            with pytest.raises(RuntimeError, match="the weight of a 4-bit layer lies on several processes"):
+                read()
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model[0].weight, before)  # torch leaves a root that it has gathered together
+        assert "nf4" in repr(model) and model.state_dict()["0.weight"].full_tensor().dtype == torch.uint8
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="this torch cuts no uint8")
 def test_without_processes_a_shardable_model_is_the_same_and_is_saved_alike():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
     nf4lab.quantize_model_(model)

@@ -431,6 +431,8 @@ def test_gpt_2s_transposed_layers_answer_as_with_their_dequantized_weights():
         lambda layer: nn.init.normal_(tensor=layer.weight[:2]),
         lambda layer: torch._foreach_zero_([layer.weight[0]]),
         lambda layer: nn.functional.relu(layer.weight, inplace=True),
+        lambda layer: torch.ops.aten.zero_.default(layer.weight),
+        lambda layer: torch.ops.aten.mul_.Tensor(layer.weight[0], layer.weight[0]),
     ],
 )
 def test_what_is_written_to_a_decoded_weight_is_refused_and_not_lost(write):

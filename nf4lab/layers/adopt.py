@@ -62,6 +62,12 @@ def release_(model: nn.Module) -> list[str]:
     return [places[0] for places in names]
 
 
+def _conv1d() -> type:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
 def is_bitsandbytes(layer: nn.Module) -> bool:
     """Whether a layer is bitsandbytes' Linear4bit, told without importing it."""
     return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
@@ -158,4 +164,5 @@ def _released(name: str, layer: Linear4bit) -> nn.Module:
     new.weight = bitsandbytes.nn.Params4bit.from_prequantized(packed, parts, device=device, module=new)
     new.bias = None if layer.bias is None else layer.bias
     new.weight.requires_grad_(False)
+    new.source_cls = _conv1d() if layer.was_conv1d else nn.Linear  # as transformers marks it
     return new.train(layer.training)

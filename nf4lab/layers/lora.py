@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nf4lab.blockwise import QuantizedTensor, quantize
-from nf4lab.choice import tied_weights, transformers_models
+from nf4lab.choice import adapters_in, tied_weights, transformers_models
 from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
@@ -140,6 +140,8 @@ def add_lora_(
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
+    if next(adapters_in(model), None) is not None:
+        raise ValueError("model has PEFT's adapters already, which would be frozen: unload or merge them first")
     if init != "zero" and init not in STARTS:
         raise ValueError(f"init must be 'zero', {', '.join(map(repr, STARTS))}; got {init!r}")
     if originals is not None and not isinstance(originals, Mapping):

@@ -32,6 +32,7 @@ class Lora4bit(PeftLinear):
         with warnings.catch_warnings():  # PEFT warns of every layer that is not in its own list
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = False  # true of transformers' Conv1D: a Linear4bit is never stored transposed
 
     def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs):
         """None: plain LoRA. Raises ValueError for anything else."""

@@ -1,10 +1,14 @@
 """4-bit layers for FSDP2: packed bytes as parameters, which `torch.distributed.fsdp.fully_shard` cuts and gathers."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from nf4lab.blockwise import QuantizedTensor
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
+from nf4lab.layers.layout import rebuilt
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit
 from nf4lab.layers.swap import check_not_offloaded
@@ -55,7 +59,20 @@ class _PackedParameter(Stored4bit):
     """What a layer does whose packed bytes are a parameter."""
 
     def stored(self) -> list[Tensor]:
-        """As for every 4-bit layer: packed bytes first. Raises RuntimeError where somebody has cast them."""
+        """As for every 4-bit layer: packed bytes first. Raises RuntimeError where they lie on several processes."""
+        parts = self._parts()
+        if hasattr(parts[0], "to_local"):
+            raise RuntimeError("the weight of a 4-bit layer lies on several processes: fully_shard gathers it for the "
+                               "forward pass of a module that it was called on, and nowhere else")  # fmt: skip
+        return parts
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it is stored, on several processes too."""
+        return replace(rebuilt(self._parts(), self.layout, self.dtype), format=self.format)
+
+    def _parts(self) -> list[Tensor]:
+        """What is stored, wherever. Raises RuntimeError where somebody has cast the packed bytes."""
         packed = self._parameters["packed"]
         if packed.dtype != self.quant_storage:
             raise RuntimeError(f"packed bytes kept as {self.quant_storage} were cast to {packed.dtype}, and are lost: "

@@ -87,9 +87,10 @@ class Stored4bit(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The weight under the keys of bitsandbytes: `weight`, `weight.absmax` and so on."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        shared = {tensor.data_ptr() for tensor in self.stored()}  # with the layer, as in any state_dict
-        parts = parts_of(self._key(prefix), self.quantized)
-        for key, part in parts.items():  # not the buffer itself: who looks for it finds it under its own name only
+        q = self.quantized
+        shared = {tensor.data_ptr() for tensor in tensors_of(q).values()}  # with the layer, as in any state_dict
+        for key, part in parts_of(self._key(prefix), q).items():
+            # An alias, not the buffer: who looks for that finds it under its own name only.
             destination[key] = part.detach() if part.data_ptr() in shared else part.clone()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -219,7 +220,7 @@ def _marked(made, memory: set[int], cls: type):
 
 def _writes(function) -> bool:
     """Whether a function of torch changes its first argument: by its name, as torch has it, or by assigning data."""
-    name = function.__name__
+    name = function.__name__.split(".")[0]  # of an op of aten without its overload
     in_place = name.startswith("__i") and name.removeprefix("__i").removesuffix("__") in OPERATORS
     ends = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     return ends or in_place or name == "__setitem__" or function == Tensor.data.__set__
