@@ -12,6 +12,7 @@ from torch import nn
 
 import nf4lab
 from nf4lab.__main__ import main
+from nf4lab.choice import skips
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -235,13 +236,14 @@ class Tiny(PreTrainedModel):
 
 
 @pytest.mark.filterwarnings("ignore:.*of the weights stay")
-def test_a_model_with_code_of_its_own_keeps_its_tables_whatever_they_are_called(bitsandbytes, tmp_path):
+@pytest.mark.parametrize("kind", ["tiny-of-ones-own", "bert"])  # of a type that transformers knows, too
+def test_a_model_with_code_of_its_own_keeps_its_tables_whatever_they_are_called(bitsandbytes, tmp_path, kind):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "tiny.py").write_text(OWN_CODE)
+    (folder / "tiny.py").write_text(OWN_CODE.replace("tiny-of-ones-own", kind))
     where = {"AutoConfig": "tiny.TinyConfig", "AutoModel": "tiny.Tiny"}
     sizes = {"vocab_size": 160, "max_position_embeddings": 96}
-    config = sizes | {"model_type": "tiny-of-ones-own", "architectures": ["Tiny"], "auto_map": where}
+    config = sizes | {"model_type": kind, "architectures": ["Tiny"], "auto_map": where}
     (folder / "config.json").write_text(json.dumps(config))
     tables = {"tok": nn.Embedding(160, 64), "pos": nn.Embedding(96, 64), "out": nn.Linear(64, 160, bias=False)}
     layers = nn.ModuleDict(tables | {"blocks": nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])})
@@ -252,3 +254,23 @@ def test_a_model_with_code_of_its_own_keeps_its_tables_whatever_they_are_called(
     four_bit = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
     assert four_bit == ["blocks.0", "blocks.1", "blocks.2"]
     assert model(torch.arange(5)[None]).logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*of the weights stay")
+@pytest.mark.parametrize("name", ["Nomic BERT", "Mixtral", "BERT", "GPT-2", "T5"])
+def test_beside_code_of_its_own_a_folder_of_a_known_type_opens_by_transformers_class(bitsandbytes, tmp_path, name):
+    model = make(name)
+    model.save_pretrained(tmp_path / "in")
+    configure(tmp_path / "in", auto_map={"AutoConfig": "configuration_own.Own", "AutoModel": "modeling_own.Own"})
+    counts = nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    opened = plainly(type(model).from_pretrained(tmp_path / "out"))
+    four_bit = {n for n, m in opened.named_modules() if type(m).__name__ == "Linear4bit"}
+    nf4lab.quantize_model_(model, include=lambda n, layer: n in four_bit)
+    assert torch.equal(outputs(opened), outputs(model)) and len(four_bit) == counts["quantized"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    matrices = {n.removesuffix(".weight"): w for n, w in nf4lab.load_quantized(tmp_path / "out").items()}
+    for n, w in matrices.items():  # the code, which has a layer for each matrix of the file, would be told the same
+        if len(w.shape) == 2 and not isinstance(w, nf4lab.QuantizedTensor):
+            assert skips(config["llm_int8_skip_modules"], n)
+        elif len(w.shape) == 2:
+            assert not skips(config["llm_int8_skip_modules"], n)

@@ -42,6 +42,7 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 # Heads that a class of transformers may add to what a folder holds: new layers, which no file can have in 4 bits.
 NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
+NO_PLACE = "transformers has no place for it"
 RENAMED = "transformers looks for it by this name, and for its constants by another"
 # Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
 N_LAYERS = re.compile(r"(num|n|encoder|decoder)_(\w+_)?layers?|depths?")
@@ -71,16 +72,24 @@ class Architecture(NamedTuple):
 def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[int, ...]]) -> Architecture:
     """The judgement of a folder's tensors, by names and shapes: those of floating point with two dimensions or more.
 
+    A folder with code of its own may be of a type that transformers knows. It opens it by its own class then, unless it
+    is told to trust the code; names of the file's count as well, and what only one of the two would find stays. Where
+    a quarter of the weights has no place in its class, or another shape, the code alone is meant.
+
     Raises ValueError where the configuration can't be that of these tensors, where transformers knows its type and
     makes no model of it, and where the type is known to store matrices transposed and transformers can't be asked.
     """
-    model = None
-    if config is not None:
-        _check_sizes(folder, config, len(shapes), sum(map(math.prod, shapes.values())))
-        with no_more_parameters_than(100 * (100 + len(shapes))):
-            model = model_of(folder, config)
-    if model is not None:
-        return _by_model(folder, model, shapes)
+    has_code = config is not None and "auto_map" in config
+    try:
+        judged = _by_transformers(folder, config, shapes, has_code)
+        lost = [c.numel for c in judged.candidates if c.stays == NO_PLACE] if has_code and judged else []
+        judged = None if 4 * sum(lost) > sum(map(math.prod, shapes.values())) else judged
+    except ValueError:
+        if not has_code:
+            raise
+        judged = None
+    if judged is not None:
+        return judged
     if config is not None and config.get("model_type") in CONV1D:
         raise ValueError(
             f"{folder.name}: a {config['model_type']} stores its matrices transposed, and transformers, "
@@ -89,6 +98,16 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
     found = candidates_by_name(shapes, sizes_of_tables(config or {}))
     modules = {c.names[0]: (c.names[0].removesuffix(".weight"),) for c in found}
     return Architecture(found, modules, [name for (name,) in modules.values()], known=False)
+
+
+def _by_transformers(folder: Path, config: dict | None, shapes: dict, has_code: bool) -> Architecture | None:
+    """The judgement by transformers' model of a config.json; None where there is none."""
+    model = None
+    if config is not None:
+        _check_sizes(folder, config, len(shapes), sum(map(math.prod, shapes.values())))
+        with no_more_parameters_than(100 * (100 + len(shapes))):
+            model = model_of(folder, config)
+    return None if model is None else _by_model(folder, model, shapes, has_code)
 
 
 def sizes_of_tables(config: dict) -> set[int]:
@@ -134,7 +153,7 @@ def model_of(folder: Path, config: dict) -> nn.Module | None:
     except ImportError:
         return None
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING or "auto_map" in config:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         return None
     with quiet():
         try:
@@ -183,10 +202,10 @@ def quiet():
         logging.disable(before)
 
 
-def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Architecture:
+def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], has_code: bool) -> Architecture:
     judged, state = candidates(model), model.state_dict()
     by_name = {name: c for c in judged for name in c.names}
-    found, modules, parts = [], {}, _parts(model, shapes, by_name)
+    found, modules, parts = [], {}, {} if has_code else _parts(model, shapes, by_name)
     place_of, _ = _transforms(model)
     for key, (place, pattern) in {key: place_of(key) for key in shapes}.items():
         known = by_name.get(place) or by_name.get(place.removesuffix(".weight"))
@@ -202,14 +221,15 @@ def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]
         elif known is None and place in state:
             found.append(Candidate((key,), "other", numel, "nothing that is learned", always=True))
         elif known is None:
-            found.append(Candidate((key,), "other", numel, "transformers has no place for it", always=True))
+            found.append(Candidate((key,), "other", numel, NO_PLACE, always=True))
         else:
             renamed = "" if place_of(key, False)[0] == place else RENAMED
             stays = FUSED_EXPERTS if known.kind == "experts" else known.stays or renamed
             found.append(replace(known, names=(key,), stays=stays, barred=known.barred or renamed, module=None))
-            modules[key] = (place.removesuffix(".weight"),)
+            modules[key] = tuple({name.removesuffix(".weight"): None for name in (place, key)[: 1 + has_code]})
     linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
     linear += layers_elsewhere(model, linear)
+    linear += [key.removesuffix(".weight") for key, shape in shapes.items() if has_code and len(shape) == 2]
     return Architecture(found, modules, linear, True, taken_apart(model), model.base_model_prefix, parts)
 
 

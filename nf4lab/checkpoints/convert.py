@@ -134,9 +134,11 @@ def _add_tensor(file: TensorFile, name: str, out, how: How, action: str | dict, 
     if action == "copy":
         out.add(name, tensor)
         return
-    rows = action if isinstance(action, dict) else {name: (0, len(tensor))}
-    for part, (start, stop) in rows.items():
-        matrix = tensor.T if action == "transpose" else tensor[start:stop]
+    if isinstance(action, dict):
+        matrices = {part: tensor[start:stop] for part, (start, stop) in action.items()}
+    else:
+        matrices = {name: tensor.T if action == "transpose" else tensor}
+    for part, matrix in matrices.items():
         try:
             quantized = _quantized(matrix.to(how.device), how, nbytes)
         except ValueError as error:
