@@ -719,10 +719,10 @@ class Counting(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("double_quant", "most"), [(False, 24), (True, 38)])
+@pytest.mark.parametrize(("double_quant", "most"), [(False, 26), (True, 39)])
 def test_a_small_tensor_takes_few_operations_of_torch_views_included(tmp_path, double_quant, most):
     counted = {}
-    for n in (20, 40):  # enough that a kernel quantizes
+    for n in (10, 20, 40):  # enough that a kernel quantizes; what only a first run does is in none of the last two
         folder = tmp_path / str(n)
         folder.mkdir()
         safetensors.torch.save_file(
