@@ -238,6 +238,17 @@ def test_after_a_pass_on_a_cpu_with_bfloat16_a_model_is_adopted_with_the_constan
             assert torch.equal(new.absmax, old.absmax.bfloat16().float())
 
 
+def test_a_model_that_is_cast_after_it_was_quantized_is_opened_to_compute_as_it_was_quantized(bitsandbytes, tmp_path):
+    dtypes = []
+    for before in (True, False):
+        model = make("Llama")
+        model = model.to(torch.bfloat16) if before else model
+        nf4lab.quantize_model_(model)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / str(before))
+        dtypes.append(type(model).from_pretrained(tmp_path / str(before)).model.layers[0].mlp.up_proj.compute_dtype)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("include", ["*", "*q_proj"])
 def test_a_model_with_its_adapters_merged_is_saved_as_what_it_is_and_opened(bitsandbytes, tmp_path, include):
     model = make("Llama")
@@ -274,6 +285,23 @@ def test_merged_layers_of_gpt_2_are_stored_transposed_again(bitsandbytes, tmp_pa
     model.save_pretrained(tmp_path / "out")
     again = plainly(type(model).from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(outputs(again), expected)
+
+
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+@pytest.mark.parametrize("include", ["*attn.c_proj", "*"])
+def test_adapters_of_gpt_2_start_from_its_transposed_originals(init, include):
+    model = make("GPT-2")
+    originals = {key: value.clone() for key, value in model.state_dict().items()}
+    nf4lab.quantize_model_(model)
+    nf4lab.add_lora_(model, rank=32, include=include, init=init, originals=originals)
+    for block in model.transformer.h:
+        name = next(name for name, module in model.named_modules() if module is block.attn.c_proj)
+        original = originals[f"{name}.weight"].T
+        rounded = nf4lab.quantize(original).dequantize()
+        # An adapter of half the rank takes the larger half of what rounding leaves (LoftQ), or of what is rounded.
+        assert (block.attn.c_proj.weight - original).norm() < (rounded - original).norm() * 0.5**0.5
+    nf4lab.merge_lora_(model)
+    assert type(model.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
 
 
 @pytest.mark.parametrize("name", ["T5", "tied Llama", "BART", "Whisper"])
@@ -626,6 +654,19 @@ def test_other_adapters_of_peft_are_refused_by_4_bit_layers(kind):
     more = {"IA3Config": {"feedforward_modules": []}, "AdaLoraConfig": {"total_step": 10}}.get(kind, {})
     with pytest.raises((ValueError, TypeError), match=r"not supported|compatible with VeRA"):
         peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **more))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_pefts_prompts_want_an_embedding_that_is_not_in_4_bits(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    assert peft.get_peft_model(model, config)(**inputs_of(model)).logits.isfinite().all()
+    model = make("Llama")
+    nf4lab.quantize_model_(model, include=["*", "*embed_tokens*"])
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        peft.get_peft_model(model, config)(**inputs_of(model))
 
 
 def test_pefts_modules_to_save_train_nothing_of_a_4_bit_layer_and_all_of_one_that_was_left_out():

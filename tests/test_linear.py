@@ -228,6 +228,15 @@ def test_autocast_chooses_the_dtype_as_for_a_plain_layer(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_float64_alone_as_for_a_plain_layer(device):
+    layer, x = quantized(dtype=torch.float64, device=device), normal(20, 100, dtype=torch.float64, device=device)
+    reference = layer.to_linear()
+    adapted = nf4lab.LoRALinear(layer, dtype=torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(layer(x), reference(x)) and torch.equal(adapted(x), reference(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_compute_dtype_holds_under_autocast_and_only_the_result_is_rounded(device):
     layer, x = quantized(compute_dtype=torch.float32, device=device), normal(20, 100, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -531,6 +540,22 @@ def test_torch_func_maps_over_a_stack_of_layers(format, double_quant):
     base = copy.deepcopy(layers[0]).to("meta")
     y = torch.vmap(lambda state, x: torch.func.functional_call(base, state, x), (0, None))(state, x)
     torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+
+
+def test_a_weight_is_read_inside_torch_funcs_transforms():
+    layers = [quantized("nf4", 64, True), nf4lab.Linear4bit.from_linear(plain(), "nf4", 64, True)]
+    layers[1].packed.add_(1)
+    x = normal(4, 100)
+    mapped = torch.vmap(lambda row: row @ layers[0].weight.T + layers[0].weight[:, 0])(x)
+    torch.testing.assert_close(mapped, x @ layers[0].weight.T + layers[0].weight[:, 0])
+    state = torch.func.stack_module_state(layers)
+    reader = nn.Sequential(layers[0])
+    reader.forward = lambda x: x @ reader[0].weight.T
+    names = [{f"0.{name}": value for name, value in part.items()} for part in state]
+    both = torch.vmap(lambda state: torch.func.functional_call(reader, state, x))(names)
+    torch.testing.assert_close(both, torch.stack([x @ layer.weight.T for layer in layers]))
+    grad = torch.func.grad(lambda x: (x @ layers[0].weight.T).sum())(x)
+    torch.testing.assert_close(grad, layers[0].weight.sum(dim=0).expand(4, -1))
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -131,7 +131,8 @@ def add_lora_(
     it could not be merged. include, exclude: as for `nf4lab.quantize_model_`.
     init: "zero", at which the model computes what it did, or "loftq" or "pissa" (`nf4lab.layers.starts`), which start
     from adapters that hold part of the weight, and quantize the base anew, stored as it was. For these, originals has
-    the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does.
+    the unquantized weight of every chosen layer under "name.weight", as the state_dict of the model before does: that
+    of a Conv1D of transformers transposed.
 
     Hooks on a layer's passes stay on the base. Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for
     originals that are no mapping, ValueError where the model has adapters already or a layer is offloaded by
@@ -166,6 +167,7 @@ def _check_originals(model: nn.Module, names: list[str], originals: Mapping[str,
     for name in names:
         layer, original = model.get_submodule(name), originals.get(f"{name}.weight")
         wanted = (layer.out_features, layer.in_features)
+        wanted = wanted[::-1] if getattr(layer, "was_conv1d", False) else wanted
         if not isinstance(layer, Linear4bit):
             raise ValueError(f"init {init!r} starts from a 4-bit base; layer {name!r} is a {type(layer).__name__}")
         if getattr(original, "shape", None) != wanted:
@@ -186,8 +188,10 @@ def _start(layer: LoRALinear, original: Tensor, init: str) -> None:
     def stored_as_before(w: Tensor) -> QuantizedTensor:
         return quantize(w, before.format, before.block_size, scheme)
 
-    weight, a, b = STARTS[init](original.to(base.packed.device), layer.rank, stored_as_before)
+    original = (original.T if base.was_conv1d else original).to(base.packed.device)
+    weight, a, b = STARTS[init](original, layer.rank, stored_as_before)
     layer.base = Linear4bit(replace(weight, dtype=base.dtype), base.bias, base.compute_dtype).train(base.training)
+    layer.base.was_conv1d = base.was_conv1d
     layer.lora_A.copy_(a / layer.scaling**0.5)
     layer.lora_B.copy_(b / layer.scaling**0.5)
 

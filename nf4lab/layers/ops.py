@@ -29,8 +29,10 @@ transform, tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_t
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would compute in on x's device; None where it is off."""
+    """What autocast would compute in on x's device; None where it is off, and for float64, which it leaves alone."""
     kind = "cuda" if x.is_cuda else x.device.type
+    if x.dtype == torch.float64:
+        return None
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 

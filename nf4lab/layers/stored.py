@@ -45,7 +45,7 @@ class Stored4bit(nn.Module):
         What would be written to it would be lost, and is refused: write to `weight.clone()`.
         """
         weight = torch.ops.nf4lab.dequantize_stored(self.stored(), self.layout, self.dtype)
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(Decoded)
+        return weight if torch.compiler.is_compiling() or _in_transform(weight) else weight.as_subclass(Decoded)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -204,6 +204,9 @@ class Decoded(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
+_in_transform = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and so on: it has no memory to ask for
+
+
 def _memory(tensor: Tensor) -> int:
     """What two tensors have in common that share memory, on any device."""
     return tensor.untyped_storage()._cdata
@@ -211,7 +214,12 @@ def _memory(tensor: Tensor) -> int:
 
 def _marked(made, memory: set[int], cls: type):
     """What was made of a decoded weight, marked where it shares its memory."""
-    if isinstance(made, Tensor) and made.layout == torch.strided and _memory(made) in memory:
+    if (
+        isinstance(made, Tensor)
+        and made.layout == torch.strided
+        and not _in_transform(made)
+        and _memory(made) in memory
+    ):
         return made.as_subclass(cls)
     if isinstance(made, np.ndarray):
         made.flags.writeable = False
