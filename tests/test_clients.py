@@ -368,6 +368,10 @@ def test_a_model_saved_in_several_files_is_loaded_file_by_file_as_accelerate_doe
     assert len(list(tmp_path.glob("*.safetensors"))) >= 4
     accelerate.load_checkpoint_in_model(models[1], tmp_path)
     assert torch.equal(outputs(models[1]), outputs(models[0]))
+    resumed = make("Llama", seed=2)
+    nf4lab.quantize_model_(resumed, double_quant=True)
+    transformers.trainer.load_sharded_checkpoint(resumed, tmp_path)  # as Trainer resumes
+    assert torch.equal(outputs(resumed), outputs(models[0]))
     with pytest.raises(AttributeError):
         accelerate.load_checkpoint_in_model(models[1], tmp_path, device_map={"": "cpu"})
 

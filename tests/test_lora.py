@@ -148,6 +148,17 @@ def test_dropout_acts_on_the_adapter_alone_and_only_while_training():
     assert torch.equal(layer(x), layer.base(x))
 
 
+def test_a_model_in_evaluation_gets_adapters_in_evaluation_and_merged_layers_too():
+    model, x = network().eval(), normal(5, 64)
+    nf4lab.quantize_model_(model)
+    for parameter in nf4lab.add_lora_(model, dropout=0.5):
+        nn.init.normal_(parameter, std=0.1)
+    assert torch.equal(model(x), model(x))
+    assert not any(module.training for module in model.modules())
+    nf4lab.merge_lora_(model)
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [

@@ -56,6 +56,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)  # in evaluation nothing is dropped, from the start
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) to (…, out_features).
