@@ -151,6 +151,35 @@ def test_a_dtype_by_its_other_name_is_computed_in(bitsandbytes, tmp_path, word):
     assert model.model.layers[0].mlp.up_proj.compute_dtype == model.model.norm.weight.dtype == dtype
 
 
+MISMATCHES = [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16"), ("float32", "float16")]
+
+
+@pytest.mark.parametrize(("of_the_file", "of_the_model"), [*MISMATCHES, ("float16", "float16"), ("bfloat16", None)])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT", "T5", "Nomic BERT"])  # T5 keeps layers in float32
+def test_weights_get_the_dtype_of_the_configuration_as_transformers_loads_them(
+    bitsandbytes, tmp_path, name, of_the_file, of_the_model
+):
+    make(name).to(getattr(torch, of_the_file)).save_pretrained(tmp_path / "in")
+    configure(tmp_path / "in", dtype=of_the_model)
+    computed = {"bnb_4bit_compute_dtype": getattr(torch, of_the_model or of_the_file)}
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **computed)
+    theirs = plainly(type(make(name)).from_pretrained(tmp_path / "in", quantization_config=how))
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", max_shard_size="40KB")
+    ours = plainly(type(theirs).from_pretrained(tmp_path / "out"))
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
+    assert torch.equal(outputs(ours), outputs(theirs))
+
+
+def test_a_file_of_two_dtypes_gets_one(bitsandbytes, tmp_path):
+    make("Llama").bfloat16().save_pretrained(tmp_path / "bfloat16")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "bfloat16")
+    configure(tmp_path / "bfloat16", torch_dtype="bfloat16", dtype=None)
+    rewrite(tmp_path / "bfloat16", lambda w: {n: t.float() if t.dim() == 1 else t for n, t in w.items()})
+    nf4lab.quantize_checkpoint(tmp_path / "bfloat16", tmp_path / "out")
+    nf4lab.quantize_model_(model)
+    assert torch.equal(answers_of(tmp_path / "out"), outputs(model))
+
+
 @pytest.mark.parametrize("empty", [{}, None])
 def test_an_empty_quantization_config_is_none(bitsandbytes, llama, tmp_path, empty):
     folder, expected = llama

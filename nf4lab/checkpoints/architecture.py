@@ -42,6 +42,7 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 # Heads that a class of transformers may add to what a folder holds: new layers, which no file can have in 4 bits.
 NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_PLACE = "transformers has no place for it"
 RENAMED = "transformers looks for it by this name, and for its constants by another"
 # Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
@@ -57,6 +58,7 @@ class Architecture(NamedTuple):
     parts: of each matrix that is split when a model is loaded, the rows, from and to, by the name of what they become.
     linear: the names of all layers that transformers would quantize or skip, in whichever of its classes opens the
     folder, and prefix: what their names may begin with. known: whether transformers told.
+    dtype_of: the dtype that transformers makes a tensor of, by its key, where it opens the file as it is.
     closed: why it opens no file of this model in 4 bits, whatever is quantized; empty where it does.
     """
 
@@ -64,6 +66,7 @@ class Architecture(NamedTuple):
     modules: dict[str, tuple[str, ...]]
     linear: list[str]
     known: bool
+    dtype_of: Callable[[str], torch.dtype | None]
     closed: str = ""
     prefix: str = ""
     parts: Mapping[str, Rows] = MappingProxyType({})
@@ -97,7 +100,7 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
         )
     found = candidates_by_name(shapes, sizes_of_tables(config or {}))
     modules = {c.names[0]: (c.names[0].removesuffix(".weight"),) for c in found}
-    return Architecture(found, modules, [name for (name,) in modules.values()], known=False)
+    return Architecture(found, modules, [name for (name,) in modules.values()], False, lambda key: named_dtype(config))
 
 
 def _by_transformers(folder: Path, config: dict | None, shapes: dict, has_code: bool) -> Architecture | None:
@@ -107,7 +110,7 @@ def _by_transformers(folder: Path, config: dict | None, shapes: dict, has_code: 
         _check_sizes(folder, config, len(shapes), sum(map(math.prod, shapes.values())))
         with no_more_parameters_than(100 * (100 + len(shapes))):
             model = model_of(folder, config)
-    return None if model is None else _by_model(folder, model, shapes, has_code)
+    return None if model is None else _by_model(folder, model, shapes, has_code, named_dtype(config))
 
 
 def sizes_of_tables(config: dict) -> set[int]:
@@ -158,6 +161,7 @@ def model_of(folder: Path, config: dict) -> nn.Module | None:
     with quiet():
         try:
             values = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            _give_dtype(values, named_dtype(config))
             model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
             if model_class is None and type(values) not in transformers.MODEL_MAPPING:
                 return None
@@ -171,6 +175,15 @@ def model_of(folder: Path, config: dict) -> nn.Module | None:
         except Exception as error:  # whatever a class does with values that it does not expect
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{folder / 'config.json'}: transformers makes no model of it: {said:.300}") from error
+
+
+def _give_dtype(config, dtype: torch.dtype | None) -> None:
+    """Have a configuration and its parts name a dtype, as they do once transformers has loaded the model."""
+    if dtype is not None:
+        config.dtype = dtype
+        for name in getattr(config, "sub_configs", ()):
+            if getattr(config, name, None) is not None:
+                _give_dtype(getattr(config, name), dtype)
 
 
 @contextmanager
@@ -202,7 +215,9 @@ def quiet():
         logging.disable(before)
 
 
-def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], has_code: bool) -> Architecture:
+def _by_model(
+    folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], has_code: bool, dtype
+) -> Architecture:
     judged, state = candidates(model), model.state_dict()
     by_name = {name: c for c in judged for name in c.names}
     found, modules, parts = [], {}, {} if has_code else _parts(model, shapes, by_name)
@@ -230,7 +245,35 @@ def _by_model(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]
     linear = [name for c in judged if c.kind in ("linear", "conv1d") for name in c.names]
     linear += layers_elsewhere(model, linear)
     linear += [key.removesuffix(".weight") for key, shape in shapes.items() if has_code and len(shape) == 2]
-    return Architecture(found, modules, linear, True, taken_apart(model), model.base_model_prefix, parts)
+    dtype_of = _dtypes(model, dtype)
+    return Architecture(found, modules, linear, True, dtype_of, taken_apart(model), model.base_model_prefix, parts)
+
+
+def named_dtype(config: dict | None) -> torch.dtype | None:
+    """The dtype that a config.json itself, no part of it, gives a model; None where it names none of `FLOATS`."""
+    name = str((config or {}).get("dtype") or (config or {}).get("torch_dtype")).removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if dtype in FLOATS else None
+
+
+def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
+    """A function from a file's key to the dtype of what transformers makes of it; None where that is the file's.
+
+    dtype: of the model's configuration. Some modules are kept in float32 whatever it is, some in a model of 16 bits.
+    """
+    place_of, _ = _transforms(model)
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept |= set((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())
+    in_float32 = re.compile("|".join(name.replace("*", ".*") for name in sorted(kept)) or "(?!)")
+    state = model.state_dict()
+
+    def dtype_of(key: str) -> torch.dtype | None:
+        place = place_of(key)[0]
+        if dtype in (torch.float16, torch.bfloat16) and in_float32.search(place):
+            return torch.float32
+        return state[place].dtype if dtype is not None and place in state else dtype
+
+    return dtype_of
 
 
 def _of_all(key: str, numel: int, parts: list[Candidate]) -> Candidate:

@@ -1,6 +1,7 @@
 """Quantize a whole checkpoint, one tensor at a time: a model larger than the memory passes through."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from nf4lab.backends import choose as choose_backend
 from nf4lab.blockwise import DTYPES, QuantizedTensor, quantize
-from nf4lab.checkpoints.architecture import CONVERTED, Architecture, architecture_of, matrices_of, skip_modules
+from nf4lab.checkpoints.architecture import (
+    CONVERTED,
+    FLOATS,
+    Architecture,
+    architecture_of,
+    matrices_of,
+    skip_modules,
+)
 from nf4lab.checkpoints.files import INDEX, checkpoint_path, opened, write_index
 from nf4lab.checkpoints.folder import (
     check_not_quantized,
@@ -64,7 +72,8 @@ def quantize_checkpoint(
     scheduler: the address of a Dask scheduler, whose workers see the same files and write the shards of a folder; a
     target that is one file is written here. progress: show a bar.
 
-    At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights. target
+    At any time one tensor of the source is in memory, and beside it less than 2 bytes for each of its weights, or its
+    copy where config.json gives the model another dtype: weights get that, as transformers would load them. target
     takes its name only when it is complete. A config.json gets the `quantization_config` by which transformers reads
     NF4 and FP4, with the modules that it is to skip; where transformers can't read the result, nf4lab's own, which says
     why. Warns where over half of the weights stay, those that a pattern leaves out not counted.
@@ -79,11 +88,12 @@ def quantize_checkpoint(
     with opened(source) as files, progress_bar("quantize", _bytes_of(files), "B", progress) as bar:
         entries = {name: entry for file in files for name, entry in file.entries.items()}
         folder = checkpoint_path(source).parent if is_folder else source
-        config = read_config(folder) if is_folder else None
+        config = _with_dtype(read_config(folder), entries) if is_folder else None
         check_not_quantized(folder, config, entries)
         judged = architecture_of(folder, config, matrices_of(files))
         chosen, others = choose(judged.candidates, include, exclude, "tensors")
-        shards = plan(files, chosen, how, limit, is_folder or limit is not None, judged.parts)
+        dtypes = _other_dtypes(entries, judged, chosen)
+        shards = plan(files, chosen, how, limit, is_folder or limit is not None, judged.parts, dtypes)
         if is_folder or limit is not None:
             with folder_appearing_whole(target) as partial:
                 weights = {INDEX, *(file.path.name for file in files)}
@@ -122,15 +132,17 @@ def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | No
     place = {name: file for file in files for name in file.entries}
     with writing(path, shard.room, shard.metadata) as out:
         for name, action in shard.tensors:
-            _add_tensor(place[name], name, out, how, action, shard.nbytes)
+            _add_tensor(place[name], name, out, how, action, shard.nbytes, shard.dtypes.get(name))
             if bar is not None:
                 bar.update(place[name].entries[name].nbytes)
     return out.nbytes
 
 
-def _add_tensor(file: TensorFile, name: str, out, how: How, action: str | dict, nbytes: int) -> None:
+def _add_tensor(file: TensorFile, name: str, out, how: How, action: str | dict, nbytes: int, dtype) -> None:
     """Write one tensor, as the action says. Its locals are gone before the next one is read."""
     tensor = file.read(name)
+    if dtype is not None:
+        tensor = tensor.to(dtype)
     if action == "copy":
         out.add(name, tensor)
         return
@@ -196,6 +208,29 @@ def _write_on_cluster(shards: list[Shard], folder: Path, how: How, scheduler: st
         for leftover in leftovers(folder / shard.name):
             remove(leftover)
     return written
+
+
+def _with_dtype(config: dict | None, entries: dict[str, Entry]) -> dict | None:
+    """A config.json that names a dtype, the first tensor's where it named none: transformers would ask the file.
+
+    In the file that is written the first may be a constant.
+    """
+    first = next((entry.dtype for entry in entries.values() if entry.dtype in FLOATS), None)
+    if config is None or first is None or config.get("dtype") or config.get("torch_dtype"):
+        return config
+    return config | {"dtype": str(first).removeprefix("torch.")}
+
+
+def _other_dtypes(entries: dict[str, Entry], judged: Architecture, chosen: list[Candidate]) -> dict[str, torch.dtype]:
+    """The dtypes of tensors that transformers would cast when it loads the original, by key.
+
+    To the dtype of config.json, or to float32 where it keeps that. Of a file with bitsandbytes' layers it (5.23) casts
+    no weight, and layers of two dtypes don't run; what isn't called a weight it casts there too.
+    """
+    in_4_bits = {name for candidate in chosen for name in candidate.names}
+    keys = [key for key in entries if key in in_4_bits or re.search(r"weight(?!\w)", key)]
+    wanted = {key: judged.dtype_of(key) for key in keys if entries[key].dtype in FLOATS}
+    return {key: dtype for key, dtype in wanted.items() if dtype not in (None, entries[key].dtype)}
 
 
 def _words_for_it(judged: Architecture, chosen: list[Candidate], how: How, dtype: str | None) -> dict:

@@ -60,6 +60,7 @@ class Shard(NamedTuple):
 
     A dict has the name of each part of a matrix and its rows, from and to: each is quantized by itself.
     room: for its header. nbytes: of what is read for it. source: the checkpoint that holds the tensors.
+    dtypes: of tensors that get another, by name.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Shard(NamedTuple):
     metadata: dict[str, str]
     nbytes: int
     source: Path
+    dtypes: dict[str, torch.dtype]
 
 
 class Stored(NamedTuple):
@@ -84,22 +86,30 @@ def plan(
     limit: int | None,
     many: bool,
     rows: Mapping[str, dict[str, tuple[int, int]]],
+    dtypes: Mapping[str, torch.dtype],
 ) -> list[Shard]:
     """The shards to write: one for each file where it fits, more where its bytes or its header exceed a limit.
 
-    rows: of each matrix that is split, those of each part by its name. limit: of a shard's bytes, or None. many:
-    whether there may be several. Raises ValueError where one header is too long for readers and there may not.
+    rows: of each matrix that is split, those of each part by its name. dtypes: of tensors that get another. limit: of a
+    shard's bytes, or None. many: whether there may be several. Raises ValueError where one header is too long for
+    readers and there may not.
     """
     actions = {c.names[0]: "transpose" if c.kind == "conv1d" else rows.get(c.names[0], "quantize") for c in chosen}
     parts, groups = how.sample(), []
     for file in files:
+        entries = {name: _of_dtype(entry, dtypes.get(name)) for name, entry in file.entries.items()}
         # Quantized tensors take whole multiples of 8 bytes; the others follow by falling itemsize. So all are aligned.
-        names = sorted(file.entries, key=lambda name: -16 if name in actions else -file.entries[name].dtype.itemsize)
+        names = sorted(entries, key=lambda name: -16 if name in actions else -entries[name].dtype.itemsize)
         tensors = [(name, actions.get(name, "copy")) for name in names]
-        data_bytes = 2 * sum(entry.nbytes for entry in file.entries.values()) + 10_000
-        stored = {name: _stored(name, action, file.entries[name], parts, how, data_bytes) for name, action in tensors}
+        data_bytes = 2 * sum(entry.nbytes for entry in entries.values()) + 10_000
+        stored = {name: _stored(name, action, entries[name], parts, how, data_bytes) for name, action in tensors}
         groups += [(file, group, stored) for group in _split(tensors, stored, limit, HEADER if many else None)]
-    return [_shard(name, *group) for name, group in zip(_names(files, groups), groups, strict=True)]
+    return [_shard(name, *group, dtypes) for name, group in zip(_names(files, groups), groups, strict=True)]
+
+
+def _of_dtype(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    """The entry of a tensor that is given a dtype; itself without one."""
+    return entry if dtype is None else Entry(dtype, entry.shape, 0, math.prod(entry.shape) * dtype.itemsize)
 
 
 def _stored(name: str, action: str | dict, entry: Entry, parts: dict, how: How, data_bytes: int) -> Stored:
@@ -140,11 +150,12 @@ def _names(files: list[TensorFile], groups: list) -> list[str]:
     return [f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors" for k in range(len(groups))]
 
 
-def _shard(name: str, file: TensorFile, tensors: list, stored: dict[str, Stored]) -> Shard:
+def _shard(name: str, file: TensorFile, tensors: list, stored: dict[str, Stored], dtypes: Mapping) -> Shard:
     metadata = file.metadata | METADATA
     room = header_room((stored[tensor].room for tensor, _ in tensors), metadata)
     nbytes = sum(file.entries[tensor].nbytes for tensor, _ in tensors)
-    return Shard(name, tensors, room, metadata, nbytes, file.path.absolute())
+    dtypes = {tensor: dtypes[tensor] for tensor, _ in tensors if tensor in dtypes}
+    return Shard(name, tensors, room, metadata, nbytes, file.path.absolute(), dtypes)
 
 
 def bytes_of(size: int | str | None) -> int | None:
