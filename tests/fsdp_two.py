@@ -21,13 +21,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import nf4lab
+from nf4lab.layers.stored import Stored4bit
 
 SECONDS = 300  # for two processes: importing torch twice on busy cores takes most of it
 
 
 class Case(NamedTuple):
     """double_quant: whether the constants are quantized. dtype: of the model. adapters: their dtype. storage: the dtype
-    that packed bytes pass under. width: of the layers. mixed: whether fully_shard computes in bfloat16."""
+    that packed bytes pass under. width: of the layers. mixed: whether fully_shard computes in bfloat16. experts:
+    whether a mixture of experts in 4 bits stands between the blocks."""
 
     double_quant: bool
     dtype: torch.dtype = torch.float32
@@ -35,6 +37,7 @@ class Case(NamedTuple):
     storage: torch.dtype = torch.uint8
     width: int = 64
     mixed: bool = False
+    experts: bool = False
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -45,6 +48,7 @@ CASES = {
     "bfloat16, double quantization": Case(True, BF16, BF16),
     "bfloat16, adapters in float32": Case(True, BF16),
     "mixed precision": Case(True, mixed=True),
+    "experts": Case(True, experts=True),
     "float32 as storage": Case(False, storage=F32),
     "float32 as storage, cut unevenly": Case(True, storage=F32, width=6),
     "float32 as storage, bfloat16": Case(True, BF16, BF16, storage=F32),
@@ -54,12 +58,24 @@ if torch.__version__ < "2.12":  # whose fully_shard cuts no uint8, and casts wha
     CASES = {name: case._replace(storage=F32) for name, case in CASES.items()}
 
 
+class FusedExperts(nn.Module):
+    """Four experts in 4 bits, which each row goes through: one by one, and all at once."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, width, width) / width)
+
+    def forward(self, x):
+        """x (n, width) and what the experts add."""
+        return x + x @ self.up[1] + torch.einsum("bi,eio->bo", x, self.up)
+
+
 def model_and_batches(case: Case, device: str):
     """A model of two blocks, quantized, with adapters on both layers of each, and a batch for each of two processes."""
     torch.manual_seed(0)
     k = case.width
     blocks = [nn.Sequential(nn.Linear(k, 2 * k), nn.SiLU(), nn.Linear(2 * k, k)) for _ in range(2)]
-    model = nn.Sequential(*blocks).to(case.dtype)
+    model = nn.Sequential(blocks[0], *([FusedExperts(k)] if case.experts else []), blocks[1]).to(case.dtype)
     nf4lab.quantize_model_(model, double_quant=case.double_quant)
     nf4lab.add_lora_(model, rank=4, dtype=case.adapters)
     for layer in model.modules():
@@ -115,7 +131,7 @@ def in_one(case: Case, device: str) -> dict:
 def in_two(case: Case, device: str, rank: int) -> dict:
     """What this one of two processes has: what its batch gave, its bytes, and the state that both have together."""
     model, batches = model_and_batches(case, device)
-    packed = sum(layer.packed.nbytes for layer in model.modules() if isinstance(layer, nf4lab.Linear4bit))
+    packed = sum(layer.packed.nbytes for layer in model.modules() if isinstance(layer, Stored4bit))
     nf4lab.shardable_(model, case.storage)
     mesh = init_device_mesh(device, (2,))
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32) if case.mixed else MixedPrecisionPolicy()
