@@ -174,8 +174,8 @@ def quantize(
     tensor([12,  0, 10,  7], dtype=torch.uint8)
 
     Raises TypeError for a tensor or argument of the wrong type, ValueError for a value that is not finite in
-    float32 (naming the first), a block size, format or backend that does not exist or does not take this tensor, and a
-    hessian that does not fit x.
+    float32 (naming the first), a tensor that is not dense, has no values or lies on several processes, a block size,
+    format or backend that does not exist or does not take this tensor, and a hessian that does not fit x.
     Source: QLoRA (arXiv:2305.14314).
     """
     _check_tensor(x)
@@ -252,6 +252,12 @@ def _check_tensor(x: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"x must be dense; got a tensor of layout {x.layout}{', nested' * x.is_nested}")
+    if x.is_meta:
+        raise ValueError(f"x is on the meta device: its {tuple(x.shape)} elements have no values")
+    if hasattr(x, "to_local"):
+        raise ValueError("x is a DTensor, which lies on several processes: quantize before fully_shard")
 
 
 def _check_block_size(block_size: int) -> None:

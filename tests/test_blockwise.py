@@ -209,6 +209,21 @@ def test_float64_beyond_the_range_of_float32_is_refused():
         nf4lab.quantize(torch.tensor([0.0, 1e300], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda x: x.to_sparse(), r"x must be dense; got a tensor of layout torch\.sparse_coo"),
+        (lambda x: x.to_sparse_csr(), r"x must be dense; got a tensor of layout torch\.sparse_csr"),
+        (lambda x: x.to_mkldnn(), r"x must be dense; got a tensor of layout torch\._mkldnn"),
+        (lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), r"layout torch\.jagged, nested"),
+        (lambda x: x.to("meta"), r"x is on the meta device: its \(4, 64\) elements have no values"),
+    ],
+)
+def test_tensors_without_values_of_their_own_in_row_major_order_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        nf4lab.quantize(make(torch.randn(4, 64)))
+
+
 def test_constants_too_large_for_their_dtype_are_refused():
     with pytest.raises(ValueError, match=r"a block's scale exceeds torch\.float32, in which 'uniform' stores it"):
         nf4lab.quantize(torch.tensor([3e38, -3e38]), "uniform")

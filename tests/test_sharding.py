@@ -69,12 +69,31 @@ def test_a_weight_that_lies_in_parts_is_refused_in_words_where_it_is_read(tmp_pa
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         fully_shard(model)
-        for read in (lambda: model[0].weight, lambda: model[0](x)):
+        for read in (lambda: model[0].weight, lambda: model[0](x), model[0].to_linear, lambda: nf4lab.release_(model)):
             with pytest.raises(RuntimeError, match="the weight of a 4-bit layer lies on several processes"):
                 read()
+        with pytest.raises(ValueError, match="layer '0' lies on several processes: add adapters before fully_shard"):
+            nf4lab.add_lora_(model)
         assert torch.equal(model(x), expected)
         assert torch.equal(model[0].weight, before)  # torch leaves a root that it has gathered together
         assert "nf4" in repr(model) and model.state_dict()["0.weight"].full_tensor().dtype == torch.uint8
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_is_cut_already_is_not_quantized_and_not_made_shardable(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    models = [nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)) for _ in range(2)]
+    nf4lab.quantize_model_(models[1])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for model in models:
+            fully_shard(model)
+        with pytest.raises(ValueError, match="layer '0': x is a DTensor, which lies on several processes"):
+            nf4lab.quantize_model_(models[0])
+        with pytest.raises(ValueError, match="fully_shard has cut this model already"):
+            nf4lab.shardable_(models[1], torch.float32)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -154,6 +154,7 @@ def _released(name: str, layer: Linear4bit) -> nn.Module:
 
     check_hooks(layer, name)
     check_in_memory(layer, name, layer.packed, layer.quantized.shape)
+    layer.stored()  # raises where it lies on several processes
     parts = parts_of("weight", layer.quantized)
     if not any(f"weight{suffix}" in parts for suffix in BITSANDBYTES_STATES):
         raise ValueError(f"layer {name!r}: bitsandbytes has no word for {layer.quantized!r}")

@@ -76,10 +76,14 @@ class Linear4bit(Stored4bit):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A torch.nn.Linear with W_hat and a copy of the bias in `dtype` (default: the layer's)."""
         dtype = dtype or self.dtype
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", dtype)
-        linear.weight = nn.Parameter(self.quantized.dequantize(dtype))
+        return self.with_weight(torch.ops.nf4lab.dequantize_stored(self.stored(), self.layout, dtype))
+
+    def with_weight(self, weight: Tensor) -> nn.Linear:
+        """A torch.nn.Linear with this weight, and a copy of the bias in its dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", weight.dtype)
+        linear.weight = nn.Parameter(weight)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+            linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype, copy=True))
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

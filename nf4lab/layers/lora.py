@@ -78,9 +78,9 @@ class LoRALinear(nn.Module):
         The sum is made in float32, or in float64 where that is the adapter's or the result's dtype, and rounded once.
         """
         quantized = isinstance(self.base, Linear4bit)
-        dtype = dtype or (self.base.dtype if quantized else self.base.weight.dtype)
-        merged = self.base.to_linear(dtype) if quantized else copy.deepcopy(self.base).to(dtype)
-        merged.weight = nn.Parameter(self._sum(dtype).detach())
+        weight = self._sum(dtype or (self.base.dtype if quantized else self.base.weight.dtype)).detach()
+        merged = self.base.with_weight(weight) if quantized else copy.deepcopy(self.base).to(weight.dtype)
+        merged.weight = nn.Parameter(weight)
         return merged.requires_grad_().train(self.training)
 
     def _sum(self, dtype: torch.dtype) -> Tensor:
@@ -137,8 +137,8 @@ def add_lora_(
 
     Hooks on a layer's passes stay on the base. Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for
     originals that are no mapping, ValueError where the model has adapters already or a layer is offloaded by
-    accelerate, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4 bits, is smaller than
-    rank, or has no finite original of its shape. The model is then as it was.
+    accelerate or cut by fully_shard, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4
+    bits, is smaller than rank, or has no finite original of its shape. The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
@@ -153,6 +153,8 @@ def add_lora_(
     for names in chosen:
         layer = model.get_submodule(names[0])
         check_not_offloaded(layer, names[0], (layer.out_features, layer.in_features))
+        if hasattr(_data(layer), "to_local"):
+            raise ValueError(f"layer {names[0]!r} lies on several processes: add adapters before fully_shard")
     if init != "zero":
         _check_originals(model, [names[0] for names in chosen], originals or {}, init, rank)
     model.requires_grad_(False)

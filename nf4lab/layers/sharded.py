@@ -30,7 +30,8 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
     lost (its issue 159333).
 
     Raises ValueError where there is no 4-bit layer, none left to change, or one that accelerate has offloaded or whose
-    bytes are no whole number of quant_storage; where this torch could not cut it, or where it is another dtype.
+    bytes are no whole number of quant_storage; where the model is cut already, where this torch could not cut it, or
+    where quant_storage is another dtype.
     """
     if quant_storage not in STORAGES:
         raise ValueError(
@@ -43,6 +44,8 @@ def shardable_(model: nn.Module, quant_storage: torch.dtype = torch.uint8) -> in
         done = any(isinstance(layer, _PackedParameter) for layer in model.modules())
         raise ValueError("model's layers can be sharded already" if done else
                          "model has no 4-bit layers: quantize it first")  # fmt: skip
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        raise ValueError("fully_shard has cut this model already: it cuts what is a parameter when it is called")
     for name, layer in layers.items():
         check_not_offloaded(layer, name, layer.quantized.shape)
         if layer.packed.nbytes % quant_storage.itemsize:
