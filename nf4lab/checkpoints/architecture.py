@@ -43,6 +43,7 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 NEW_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 CONVERTED = "transformers makes another tensor of it when it loads"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT = re.compile(r"weight(?!\w)")  # what transformers (5.23) casts no longer in a file with bitsandbytes' layers
 NO_PLACE = "transformers has no place for it"
 RENAMED = "transformers looks for it by this name, and for its constants by another"
 # Keys of a config.json that say how many layers there are: each has a tensor at least, unless layers share theirs.
@@ -58,7 +59,7 @@ class Architecture(NamedTuple):
     parts: of each matrix that is split when a model is loaded, the rows, from and to, by the name of what they become.
     linear: the names of all layers that transformers would quantize or skip, in whichever of its classes opens the
     folder, and prefix: what their names may begin with. known: whether transformers told.
-    dtype_of: the dtype that transformers makes a tensor of, by its key, where it opens the file as it is.
+    dtype_of: the dtype that transformers gives a tensor of the file, by its key and whether it goes into 4 bits.
     closed: why it opens no file of this model in 4 bits, whatever is quantized; empty where it does.
     """
 
@@ -66,7 +67,7 @@ class Architecture(NamedTuple):
     modules: dict[str, tuple[str, ...]]
     linear: list[str]
     known: bool
-    dtype_of: Callable[[str], torch.dtype | None]
+    dtype_of: Callable[[str, bool], torch.dtype | None]
     closed: str = ""
     prefix: str = ""
     parts: Mapping[str, Rows] = MappingProxyType({})
@@ -100,7 +101,8 @@ def architecture_of(folder: Path, config: dict | None, shapes: dict[str, tuple[i
         )
     found = candidates_by_name(shapes, sizes_of_tables(config or {}))
     modules = {c.names[0]: (c.names[0].removesuffix(".weight"),) for c in found}
-    return Architecture(found, modules, [name for (name,) in modules.values()], False, lambda key: named_dtype(config))
+    linear, dtype = [name for (name,) in modules.values()], named_dtype(config)
+    return Architecture(found, modules, linear, False, lambda key, _: dtype if WEIGHT.search(key) else None)
 
 
 def _by_transformers(folder: Path, config: dict | None, shapes: dict, has_code: bool) -> Architecture | None:
@@ -256,8 +258,8 @@ def named_dtype(config: dict | None) -> torch.dtype | None:
     return dtype if dtype in FLOATS else None
 
 
-def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
-    """A function from a file's key to the dtype of what transformers makes of it; None where that is the file's.
+def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str, bool], torch.dtype | None]:
+    """A function from a file's key, and whether it goes into 4 bits, to its dtype in transformers; None for the file's.
 
     dtype: of the model's configuration. Some modules are kept in float32 whatever it is, some in a model of 16 bits.
     """
@@ -267,11 +269,13 @@ def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torc
     in_float32 = re.compile("|".join(name.replace("*", ".*") for name in sorted(kept)) or "(?!)")
     state = model.state_dict()
 
-    def dtype_of(key: str) -> torch.dtype | None:
+    def dtype_of(key: str, in_4_bits: bool) -> torch.dtype | None:
         place = place_of(key)[0]
         if dtype in (torch.float16, torch.bfloat16) and in_float32.search(place):
             return torch.float32
-        return state[place].dtype if dtype is not None and place in state else dtype
+        if dtype is None or in_4_bits or place not in state:
+            return dtype if in_4_bits or WEIGHT.search(key) else None
+        return state[place].dtype
 
     return dtype_of
 

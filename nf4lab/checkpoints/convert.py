@@ -1,7 +1,6 @@
 """Quantize a whole checkpoint, one tensor at a time: a model larger than the memory passes through."""
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -225,11 +224,10 @@ def _other_dtypes(entries: dict[str, Entry], judged: Architecture, chosen: list[
     """The dtypes of tensors that transformers would cast when it loads the original, by key.
 
     To the dtype of config.json, or to float32 where it keeps that. Of a file with bitsandbytes' layers it (5.23) casts
-    no weight, and layers of two dtypes don't run; what isn't called a weight it casts there too.
+    no weight, and layers of two dtypes don't run.
     """
     in_4_bits = {name for candidate in chosen for name in candidate.names}
-    keys = [key for key in entries if key in in_4_bits or re.search(r"weight(?!\w)", key)]
-    wanted = {key: judged.dtype_of(key) for key in keys if entries[key].dtype in FLOATS}
+    wanted = {key: judged.dtype_of(key, key in in_4_bits) for key, entry in entries.items() if entry.dtype in FLOATS}
     return {key: dtype for key, dtype in wanted.items() if dtype not in (None, entries[key].dtype)}
 
 
