@@ -11,9 +11,15 @@ if re.fullmatch(r"(.*[/\\])?nf4lab(\.exe)?", "".join(sys.orig_argv[-len(sys.argv
     if sys.argv[1:] == ["--version"]:
         print(f"nf4lab {__version__}")
         sys.exit()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the work begins, Ctrl-C ends at once
-        said = b"nf4lab: interrupted; nothing was left behind\n"
-        signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, said), os._exit(128 + number)))
+
+    def end(number, frame):
+        said = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        os.write(2, f"nf4lab: {said}; nothing was left behind\n".encode())
+        os._exit(128 + number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # until the work begins, they end it at once; what is ignored stays so
+        if getattr(signal, name, None) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), end)
 
 from nf4lab.beyond.calibration import calibrate
 from nf4lab.beyond.rotation import hadamard

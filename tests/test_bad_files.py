@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import random
 
 import pytest
@@ -83,6 +84,9 @@ BAD_HEADERS = {
                                 r"the header describes|not JSON"),
     "header cut in half": (lambda raw: (200).to_bytes(8, "little") + raw[8:], r"the header is not JSON"),
     "not UTF-8": (lambda raw: raw[:9] + b"\xff" + raw[10:], r"the header is not JSON: 'utf-8' codec"),
+    "half a character in a name": (lambda raw: raw.replace(b'"o"', b'"\\ud800"', 1), r"not JSON: .* surrogates"),
+    "half a character in the metadata": (with_header(lambda h: h.update(__metadata__={"a": "\ud800"})),
+        r"not JSON: .* surrogates"),
     "a list": (lambda raw: build("[]", b""), r"the header must be a JSON object; got a list"),
     "nested without end": (lambda raw: build("[" * 100_000, b""), r"the header is not JSON: maximum recursion depth"),
     "a file of torch.save": (pickled, r"is not a safetensors file but a zip archive: PyTorch.s pickle"),
@@ -259,6 +263,12 @@ def test_no_random_mutation_crashes_the_reader_or_passes_where_safetensors_refus
         with safetensors.safe_open(path, "pt") as file:  # what we read, the library reads too
             assert list(file.keys())
     assert refused > 400  # most mutations fall into the header
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is a pipe or a device; a checkpoint is read from a file"):
+        nf4lab.load_quantized(tmp_path / "pipe.safetensors")
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(good, tmp_path):

@@ -415,7 +415,17 @@ def test_one_file_becomes_a_folder_of_shards_on_request(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(5, 5), ("5", 5), ("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), (None, None)]
+    ("size", "expected"),
+    [
+        (5, 5),
+        ("5", 5),
+        ("5GB", 5 * 10**9),
+        ("1.5 MiB", 3 * 2**19),
+        (None, None),
+        ("0.3KB", 300),
+        ("9007199254740993", 2**53 + 1),
+        ("9" * 400 + "TB", int("9" * 400) * 10**12),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(size, expected):
     assert plan.bytes_of(size) == expected

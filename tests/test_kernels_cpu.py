@@ -517,3 +517,15 @@ def test_where_no_cache_can_be_written_the_kernels_compile_without_one():
     # Of numba's places for a cache only NUMBA_CACHE_DIR is left, and that is not set.
     environment = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": ""}
     assert run_python(script, **environment) == "1.0 NullCache"
+
+
+def test_where_the_disk_of_the_cache_is_full_a_kernel_works_all_the_same(monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    assert cpu.jit(next_number)(1) == 2
+
+
+def next_number(n):
+    return n + 1

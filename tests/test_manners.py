@@ -78,6 +78,13 @@ NOT_SAFETENSORS = {
     "gzip": (b"\x1f\x8b\x08" + b"\0" * 60, "a gzip archive"),
     "pdf": (b"%PDF-1.7\n" + b"\0" * 60, "it begins with b'%PDF-1.7"),
     "text": (b"Access to this model is restricted. " * 3, "it begins with b'Access to this m'"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + b"\0" * 60, "a 7z archive"),
+    "xz": (b"\xfd7zXZ\0" + b"\1" * 60, "an xz archive"),
+    "bzip2": (b"BZh91AY&SY" + b"\1" * 60, "a bzip2 archive"),
+    "empty zip": (b"PK\x05\x06" + b"\0" * 18, "an empty zip archive"),
+    "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 60, "a picture"),
+    "jpeg": (b"\xff\xd8\xff\xe0" + b"\0" * 60, "a picture"),
+    "html behind a mark": (b"\xef\xbb\xbf<!DOCTYPE html>" + b" " * 60, "a web page"),
     "json": (b'{"weight_map": {"a": "b.safetensors", "and": "so on"}}', "JSON"),
 }
 
@@ -139,6 +146,11 @@ def test_what_stays_and_its_share_are_listed_with_a_warning_over_half(checkpoint
 def test_a_target_that_cannot_be_is_refused_by_the_name_that_was_given(checkpoint, tmp_path, capsys):
     assert main(["quantize", str(checkpoint), str(tmp_path / "no" / "out")]) == 1
     assert f"nf4lab: {tmp_path / 'no'} is not a folder to write out to" in capsys.readouterr().err
+    for long in ("o" * 250, "o" * 300):  # with what hides it while it is written, both are too long
+        assert main(["quantize", str(checkpoint), str(tmp_path / long), "--quiet"]) == 1
+        assert capsys.readouterr().err.endswith(f"File name too long: '{tmp_path / long}'\n")
+        assert main(["quantize", str(checkpoint), str(tmp_path / long), "--quiet", "--max-shard-size", "1GB"]) == 1
+        assert capsys.readouterr().err.endswith(f"File name too long: '{tmp_path / long}'\n")
     assert main(["quantize", str(checkpoint), f"{tmp_path}/new/"]) == 1
     assert "names a folder, and IN is one file: name the file to write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
@@ -149,7 +161,8 @@ def test_a_link_that_leads_nowhere_a_device_without_values_and_a_text_that_is_no
 ):
     (tmp_path / "link").symlink_to("nowhere")
     wrong = {"link exists already": ["link"], "device 'meta' holds no values": ["out", "--device", "meta"],
-             "in.safetensors is not text in UTF-8": ["out", "--calibrate", str(checkpoint)]}  # fmt: skip
+             "in.safetensors is not text in UTF-8": ["out", "--calibrate", str(checkpoint)],
+             "a size is a number": ["out", "--max-shard-size", "5G"]}  # fmt: skip
     for words, (out, *more) in wrong.items():
         assert main(["quantize", str(checkpoint), str(tmp_path / out), *more]) == 1
         assert words in capsys.readouterr().err
@@ -159,9 +172,10 @@ def test_a_link_that_leads_nowhere_a_device_without_values_and_a_text_that_is_no
 def test_what_a_terminal_would_obey_is_written_out(tmp_path, capsys):
     evil = "\x1b[2J\x9b31m\u202e\r\n[bold]"
     tensors = {f"{evil}.weight": torch.randn(64, 64), f"embed{evil}.weight": torch.randn(64, 64)}
-    path = tmp_path / "in.safetensors"
+    path, out = tmp_path / "in.safetensors", tmp_path / f"out{evil}"
     safetensors.torch.save_file(tensors | {f"zero{evil}.weight": torch.zeros(64, 64)}, path)
-    assert main(["inspect", str(path)]) == main(["quantize", str(path), str(tmp_path / "out")]) == 0
+    (tmp_path / f".{out.name}.0123abcd.partial").touch()
+    assert main(["inspect", str(path)]) == main(["quantize", str(path), str(out)]) == 0
     assert main(["compare", str(path), "--bits", "4.5"]) == main(["inspect", str(tmp_path / f"no{evil}")]) - 1 == 0
     said = capsys.readouterr()
     assert "\\x1b[2J\\x9b31m\\u202e\\r\\n[bold].weight" in said.out and "embed\\x1b[2J" in said.err
@@ -175,7 +189,58 @@ def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path)
         command = [sys.executable, "-m", "nf4lab", "inspect", path, *more]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         run.stdout.close()
-        assert run.stderr.read() == b"" and run.wait() == (141 if more else 1)  # rich ends a table's command itself
+        assert run.stderr.read() == b"" and run.wait() == 141
+
+
+def in_a_shell(words, **environment):
+    """A shell's line, in which nf4lab is the command; its output, and its status in the last line of that."""
+    line = f"set -o pipefail; nf4lab() {{ '{sys.executable}' -m nf4lab \"$@\"; }}; {words}; echo $?"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 >/dev/null | true", ">&-", "</dev/null >&- 2>&-"])
+def test_what_can_not_be_told_ends_no_work(checkpoint, tmp_path, end):
+    done = in_a_shell(f"nf4lab quantize {checkpoint} {tmp_path}/out {end}")
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr.count("Traceback") == 0
+    assert isinstance(nf4lab.load_quantized(tmp_path / "out")["up.weight"], nf4lab.QuantizedTensor)
+
+
+def test_where_only_the_report_fails_the_line_says_that_the_work_is_done(checkpoint, tmp_path):
+    done = in_a_shell(f"nf4lab quantize {checkpoint} {tmp_path}/out --quiet >/dev/full")
+    assert done.stdout == "1\n" and done.stderr.endswith(f"No space left on device; complete: {tmp_path}/out\n")
+
+
+@pytest.mark.usefixtures("signals_of_a_terminal")
+def test_a_signal_after_the_work_says_that_it_is_done(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nf4lab.commands.quantize.print", lambda *_: signal.raise_signal(signal.SIGTERM), raising=False)
+    assert main(["quantize", str(checkpoint), str(tmp_path / "out"), "--quiet"]) == 143
+    assert capsys.readouterr().err == f"nf4lab: stopped by SIGTERM; complete: {tmp_path / 'out'}\n"
+    assert (tmp_path / "out").exists()
+
+
+def test_a_comparison_whose_reader_left_has_written_its_files_all_the_same(checkpoint, tmp_path):
+    files = f"--csv {tmp_path}/a.csv --plot {tmp_path}/a.png"
+    done = in_a_shell(f"nf4lab compare {checkpoint} --bits 4.5 --include 'up*' --quiet {files} | true")
+    assert (done.stdout, done.stderr) == ("141\n", "")
+    assert (tmp_path / "a.csv").read_text().count("up.weight") > 10 and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_table_that_can_not_be_written_leaves_no_part_of_it(checkpoint, tmp_path, monkeypatch, capsys):
+    arguments = ["compare", str(checkpoint), "--bits", "4.5", "--include", "up*", "--quiet"]
+    monkeypatch.setattr(partial.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for option in ("--csv", "--plot"):
+        assert main([*arguments, option, str(tmp_path / "a.png")]) == 1
+        assert capsys.readouterr().err.endswith(f"No space left on device: '{tmp_path / 'a.png'}'\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_a_terminal_lacks_are_written_out(tmp_path, encoding):
+    safetensors.torch.save_file({"日.weight": torch.randn(64, 64), "embed日": torch.zeros(9, 9)}, tmp_path / "in")
+    for words in ("inspect in", "quantize in out日", "compare in --bits 4.5 --quiet"):
+        done = in_a_shell(f"cd {tmp_path}; nf4lab {words}", PYTHONIOENCODING=encoding)
+        assert done.stdout.splitlines()[-1] == "0", done.stderr
+        assert ("\\u65e5" in done.stdout) == ("compare" not in words)
 
 
 def test_a_reader_that_left_finds_the_file_that_was_written(tmp_path):
@@ -204,6 +269,13 @@ def test_inspect_and_compare_speak_json(checkpoint, tmp_path, capsys):
     assert table["weights"] == {"up.weight": 96 * 64}
     best = max(table["standings"], key=lambda row: row["budgets"].get("4.5", {"sqnr_db": 0})["sqnr_db"])
     assert best["budgets"]["4.5"]["won"] == 1
+
+
+def test_no_error_at_all_is_null_in_json(tmp_path, capsys):
+    safetensors.torch.save_file({"a.weight": torch.full((64, 64), 0.5)}, tmp_path / "in.safetensors")
+    assert main(["compare", str(tmp_path / "in.safetensors"), "--json", "--quiet", "--bits", "4.5"]) == 0
+    table = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {None} <= {row["budgets"]["4.5"]["sqnr_db"] for row in table["standings"] if row["budgets"]}
 
 
 def test_an_empty_file_is_inspected_and_not_quantized(tmp_path, capsys):
@@ -263,29 +335,58 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
         nf4lab.save_quantized(tmp_path / "a.safetensors", {"a": torch.ones(100)})
 
 
+def test_a_folder_in_which_a_worker_begins_a_file_while_it_is_removed_is_removed(tmp_path, monkeypatch):
+    remove, calls = partial.shutil.rmtree, itertools.count()
+
+    def slowly(path, **how):
+        remove(path, **how)
+        if next(calls) < 3:
+            path.mkdir()
+            (path / ".model.safetensors.0123abcd.partial").touch()
+
+    monkeypatch.setattr(partial.shutil, "rmtree", slowly)
+    with pytest.raises(KeyboardInterrupt), partial.folder_appearing_whole(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_appears_meanwhile_is_left_as_it_is(checkpoint, tmp_path, monkeypatch, capsys):
+    out, write = tmp_path / "out", convert.quantize
+    monkeypatch.setattr(convert, "quantize", lambda *a, **k: (out.write_text("precious"), write(*a, **k))[1])
+    assert main(["quantize", str(checkpoint), str(out), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"nf4lab: {out} appeared while its content was made; it was left as it is\n"
+    assert out.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out"]
+
+
 HALF_IMPORTED = """
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":  # the import that takes longest
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIG{name})
 sys.meta_path.insert(0, Finder())
 sys.orig_argv, sys.argv = [sys.executable, *sys.argv[1:]], sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import nf4lab
 """
 
 
 @pytest.mark.parametrize("program", ["nf4lab", "/usr/bin/nf4lab"])
-def test_ctrl_c_while_the_command_imports_is_one_line(program):
-    command = [sys.executable, "-c", HALF_IMPORTED, program, "inspect", "in.safetensors"]
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [("INT", 130, "interrupted"), ("TERM", 143, "stopped by SIGTERM"), ("HUP", 129, "stopped by SIGHUP")],
+)
+def test_a_signal_while_the_command_imports_is_one_line(program, name, status, words):
+    command = [sys.executable, "-c", HALF_IMPORTED.replace("{name}", name), program, "inspect", "in.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "nf4lab: interrupted; nothing was left behind\n")
+    assert (done.returncode, done.stderr) == (status, f"nf4lab: {words}; nothing was left behind\n")
 
 
 def test_ctrl_c_while_another_program_imports_is_that_programs_own():
-    done = subprocess.run([sys.executable, "-c", HALF_IMPORTED, "other", "nf4lab"], capture_output=True, text=True)
+    code = HALF_IMPORTED.replace("{name}", "INT")
+    done = subprocess.run([sys.executable, "-c", code, "other", "nf4lab"], capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr
 
 

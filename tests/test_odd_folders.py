@@ -61,6 +61,27 @@ def test_whatever_the_metadata_says_transformers_opens_the_result_and_the_rest_i
         assert file.metadata() == (metadata or {}) | {"format": "pt"}
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_link_that_leads_nowhere_is_no_file_that_is_not_there(llama, tmp_path, name):
+    folder, _ = llama
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"No such file or directory: '{folder / name}'"):
+        nf4lab.quantize_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("shard", ["a\0.safetensors", "../in/model.safetensors", "sub/a.safetensors", 3])
+def test_an_index_names_files_of_its_folder(llama, shard):
+    folder, _ = llama
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json: a shard is a safetensors file in the same folder; got "):
+        nf4lab.load_quantized(folder)
+
+
 def test_an_index_may_write_a_dot_and_a_slash_before_its_shards(bitsandbytes, llama, tmp_path):
     _, expected = llama
     make("Llama").save_pretrained(tmp_path / "shards", max_shard_size="100KB")

@@ -105,7 +105,7 @@ def quantize_checkpoint(
                         warn_of_widths({n: entries[n].shape[k] for n, k in inputs.items()}, how.block_size)
                 written = _write_shards(shards, files, partial, how, scheduler, bar)
         else:
-            written, left_out = {target.name: write_shard(shards[0], target, how, files, bar)}, []
+            written, left_out = {target.name: write_shard(shards[0], target, how, files, bar, new=True)}, []
     result = {"tensors": len(entries), "quantized": len(chosen)}
     result["bytes_before"] = sum(entry.nbytes for entry in entries.values())
     result["bytes_after"] = sum(nbytes for tensors in written.values() for nbytes in tensors.values())
@@ -120,16 +120,18 @@ def check_target(target: Path) -> None:
         raise FileNotFoundError(f"{target.parent} is not a folder to write {target.name} to; nothing was written")
 
 
-def write_shard(shard: Shard, path: Path, how: How, files: list[TensorFile] | None = None, bar=None) -> dict[str, int]:
+def write_shard(
+    shard: Shard, path: Path, how: How, files: list[TensorFile] | None = None, bar=None, new: bool = False
+) -> dict[str, int]:
     """Write one shard's tensors to `path`, those to quantize quantized; returns the bytes of each tensor written.
 
-    files: the sources where they are open; a Dask worker opens them itself.
+    files: the sources where they are open; a Dask worker opens them itself. new: whether the name must be free.
     """
     if files is None:
         with opened(shard.source) as files:
             return write_shard(shard, path, how, files)
     place = {name: file for file in files for name in file.entries}
-    with writing(path, shard.room, shard.metadata) as out:
+    with writing(path, shard.room, shard.metadata, new) as out:
         for name, action in shard.tensors:
             _add_tensor(place[name], name, out, how, action, shard.nbytes, shard.dtypes.get(name))
             if bar is not None:

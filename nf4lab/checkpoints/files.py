@@ -88,7 +88,7 @@ def checkpoint_path(path: str | os.PathLike) -> Path:
     if not path.is_dir():
         return path
     for name in ("model.safetensors", INDEX):
-        if (path / name).exists():
+        if os.path.lexists(path / name):  # a link that leads nowhere is no absence, and fails when it is opened
             return path / name
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     there = f"; there are {', '.join(others[:3])}" if others else ""
@@ -119,7 +119,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path.name} must map tensors to shards under 'weight_map'; got {weight_map!r:.80}")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or str(Path(shard)) != Path(shard).name:
+        is_name = isinstance(shard, str) and shard.endswith(".safetensors") and "\0" not in shard
+        if not is_name or str(Path(shard)) != Path(shard).name:
             raise ValueError(f"{path.name}: a shard is a safetensors file in the same folder; got {shard!r:.80}")
     return {name: str(Path(shard)) for name, shard in weight_map.items()}  # without ./ before it
 

@@ -1,6 +1,7 @@
 """A model's folder beside its weights: its configuration, what other files go along, and what is quantized already."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -40,7 +41,7 @@ MARKS = {
 def read_config(folder: Path) -> dict | None:
     """The config.json of a folder, None without one. Raises ValueError, with its name, unless it is a JSON object."""
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is no absence, and fails below
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

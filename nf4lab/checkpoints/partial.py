@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,8 +20,11 @@ except ImportError:  # Windows has no such locks
 
 
 @contextmanager
-def appearing_whole(path: str | os.PathLike) -> Iterator:
-    """A binary file open for writing that gets its name once it is complete and on the disk."""
+def appearing_whole(path: str | os.PathLike, new: bool = False) -> Iterator:
+    """A binary file open for writing that gets its name once it is complete and on the disk.
+
+    One that has the name is replaced; where the file is to be new, FileExistsError is raised.
+    """
     path = Path(path)
     partial = _partial(path)
     try:
@@ -29,31 +33,31 @@ def appearing_whole(path: str | os.PathLike) -> Iterator:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            _check_free(path)
         os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise _naming(error, path) from None
+        with suppress(OSError):  # where it could not even be begun
+            partial.unlink(missing_ok=True)
+        raise _naming(error, path, partial) from None
 
 
 @contextmanager
 def folder_appearing_whole(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder to fill that gets its name once it is complete. Raises FileExistsError where the name is taken."""
     path = Path(path)
-    partial = _partial(path)
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY) if fcntl else None
+    partial, descriptor = _partial(path), None
     try:
-        if descriptor is not None:
+        partial.mkdir()
+        if fcntl:
+            descriptor = os.open(partial, os.O_RDONLY)
             _lock(descriptor)
         yield partial
-        if path.exists():
-            raise FileExistsError(f"{path} appeared while its content was made; it was left as it is")
+        _check_free(path)
         partial.rename(path)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(partial), str(path))  # the name that was asked for
-        raise _naming(error, path) from None
+        _remove_at_last(partial)
+        raise _naming(error, path, partial) from None
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -77,16 +81,31 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _remove_at_last(folder: Path) -> None:
+    """Remove a folder in which a cluster's workers may still begin files while it is emptied; in none they can't."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(0.01)
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} appeared while its content was made; it was left as it is")
+
+
 def _partial(path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a folder to write {path.name} to")
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def _naming(error: BaseException, path: Path) -> BaseException:
-    """The error, with the file that was to be written where the system names none, as for a full disk."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-        error.filename = str(path)
+def _naming(error: BaseException, path: Path, partial: Path) -> BaseException:
+    """The error with the name that was asked for: not the hidden one, nor none, which a full disk's has."""
+    if isinstance(error, OSError) and error.errno is not None:
+        name = path if error.filename is None else error.filename
+        error.filename = os.fspath(name).replace(str(partial), str(path)) if isinstance(name, str | Path) else name
     return error
 
 

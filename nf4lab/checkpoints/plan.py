@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ def _shard(name: str, file: TensorFile, tensors: list, stored: dict[str, Stored]
 def bytes_of(size: int | str | None) -> int | None:
     """A size in bytes, rounded down: 5000000, "5MB", "1.5 GiB". Raises ValueError for less than 1 and anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", "" if size is None else str(size).upper())
-    nbytes = int(float(match[1]) * UNITS.get(match[2], 1)) if match else 0
+    nbytes = int(Fraction(match[1]) * UNITS.get(match[2], 1)) if match else 0
     if size is not None and not nbytes:
         raise ValueError(f"a size is a number of bytes, or as 5GB or 500MiB; got {size!r}")
     return None if size is None else nbytes

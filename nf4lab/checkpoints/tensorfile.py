@@ -38,6 +38,12 @@ BEGINNINGS = {
     b"\x93NUMPY": "a NumPy array",
     b"\x1f\x8b": "a gzip archive",
     b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"BZh": "a bzip2 archive",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
     b"{": "JSON",
 }
 NAMES = {
@@ -72,6 +78,8 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):  # to open a pipe could wait for ever
+            raise ValueError(f"{path} is a pipe or a device; a checkpoint is read from a file, here and there")
         self._file = open(self.path, "rb")  # noqa: SIM115 (closed by close)
         try:
             self.entries, self.metadata, self._data_start = _read_header(self._file, self.path.name)
@@ -108,7 +116,10 @@ def _read_header(file, name: str) -> tuple[dict[str, Entry], dict[str, str], int
     if length > min(LARGEST_HEADER, size - 8):
         _check_beginning(file, name)
     if length > LARGEST_HEADER:
-        raise ValueError(f"{name} announces a header of {length} bytes; at most {LARGEST_HEADER} are read")
+        raise ValueError(
+            f"{name} announces a header of {length} bytes; at most {LARGEST_HEADER} are read: it is damaged, or no "
+            f"safetensors file; it begins with {length.to_bytes(8, 'little')!r}"
+        )
     if length > size - 8:
         raise ValueError(f"{name} announces a header of {length} bytes; {size - 8} follow: it is truncated")
     header = _parse_header(file.read(length), name)
@@ -125,8 +136,9 @@ def _check_beginning(file, name: str) -> None:
     """Raise with what an open file is, where its first bytes tell."""
     file.seek(0)
     beginning = file.read(64)
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # some editors write that mark before a text
     for known, what in BEGINNINGS.items():
-        if beginning.lstrip().lower().startswith(known.lower()):
+        if text.startswith(known.lower()):
             raise ValueError(f"{name} is not a safetensors file but {what}")
     if beginning[:8].isascii() and beginning[8:9] not in (b"{", b""):
         raise ValueError(f"{name} is not a safetensors file: it begins with {beginning[:16]!r}")
@@ -135,6 +147,8 @@ def _check_beginning(file, name: str) -> None:
 def _parse_header(raw: bytes, name: str) -> dict:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
+        if b"\\u" in raw:  # an escape can stand for half a character, which is no text and can't be written
+            as_json(header).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
@@ -236,12 +250,14 @@ def entry_room(name: str, shape: tuple[int, ...], data_bytes: int) -> int:
 
 
 @contextmanager
-def writing(path: str | os.PathLike, header_bytes: int, metadata: dict[str, str]) -> Iterator[TensorWriter]:
+def writing(
+    path: str | os.PathLike, header_bytes: int, metadata: dict[str, str], new: bool = False
+) -> Iterator[TensorWriter]:
     """A TensorWriter for a file that takes its name only when it is complete and on the disk.
 
-    header_bytes: the room to leave for the header, from `header_room`.
+    header_bytes: the room to leave for the header, from `header_room`. new: whether nothing may have the name by then.
     """
-    with appearing_whole(path) as file:
+    with appearing_whole(path, new) as file:
         writer = TensorWriter(file, header_bytes)
         yield writer
         writer.finish(metadata)

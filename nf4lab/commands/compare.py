@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from torch import Tensor
 from nf4lab import league
 from nf4lab.blockwise import DTYPES
 from nf4lab.checkpoints.files import opened
+from nf4lab.checkpoints.partial import appearing_whole
 from nf4lab.checkpoints.tensorfile import Entry, TensorFile
 from nf4lab.choice import matches
-from nf4lab.commands.shown import shown
+from nf4lab.commands.shown import console_for_tables, shown
 from nf4lab.progress import progress_bar
 
 COLUMNS = ("tensor", "weights", "format", "constants", "budget", "block_size", "double_quant",
@@ -54,11 +56,13 @@ def run(options: argparse.Namespace) -> int:
             scores = league.play(_matrices(chosen, options.most, zeros, bar), lineup, bar.update)
     if not scores:
         raise ValueError(f"{options.source}: every matrix that was compared is all zeros")
-    (_print_json if options.json else _print)(league.standings(scores), scores, zeros)
     if options.csv:
         _write_csv(options.csv, scores)
+        options.done.append(str(options.csv))
     if options.plot:
         _draw(options.plot, league.standings(scores))
+        options.done.append(str(options.plot))
+    (_print_json if options.json else _print)(league.standings(scores), scores, zeros)
     return 0
 
 
@@ -122,7 +126,6 @@ def _thinned_numel(shape: tuple[int, ...], most: int | None) -> int:
 
 def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
     """The standings: a line for each format and way to store constants, a column for each budget."""
-    from rich.console import Console
     from rich.table import Table
 
     best = league.best_at(table)
@@ -133,8 +136,7 @@ def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
         cells = [_cell(row[budget][0], best[budget]) if budget in row else "–" for budget in best]
         standings.add_row(name, storage, *cells, str(sum(wins for _, wins in row.values())))
     weights = {score.tensor: score.numel for score in scores}
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=10_000)
+    console = console_for_tables(markup=True)
     console.print(standings)
     console.print(
         f"SQNR in dB, the mean over {len(weights)} matrices with {sum(weights.values()):,} weights. * is the best at "
@@ -147,12 +149,18 @@ def _print(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
 
 
 def _print_json(table: dict, scores: list[league.Score], zeros: list[str]) -> None:
-    """The standings as JSON: for each format and way to store constants the decibels and wins by budget."""
+    """The standings as JSON: for each format and way to store constants the decibels and wins by budget.
+
+    Infinitely many decibels, of no error at all, are null: JSON has no infinity.
+    """
     rows = [
         {
             "format": name,
             "constants": storage,
-            "budgets": {str(budget): {"sqnr_db": mean, "won": wins} for budget, (mean, wins) in row.items()},
+            "budgets": {
+                str(budget): {"sqnr_db": mean if math.isfinite(mean) else None, "won": wins}
+                for budget, (mean, wins) in row.items()
+            },
         }
         for (name, storage), row in table.items()
     ]
@@ -165,13 +173,15 @@ def _cell(decibels: float, best: float) -> str:
 
 
 def _write_csv(path: Path, scores: list[league.Score]) -> None:
-    with open(path, "x", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for s in scores:
-            e = s.entry
-            writer.writerow([s.tensor, s.numel, e.name, e.storage, e.budget, e.block_size, e.double_quant,
-                             s.bits, s.mse, s.mae, s.mse / s.power, s.sqnr_db])  # fmt: skip
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for s in scores:
+        e = s.entry
+        writer.writerow([s.tensor, s.numel, e.name, e.storage, e.budget, e.block_size, e.double_quant,
+                         s.bits, s.mse, s.mae, s.mse / s.power, s.sqnr_db])  # fmt: skip
+    with appearing_whole(path, new=True) as file:
+        file.write(text.getvalue().encode())
 
 
 def _draw(path: Path, table: dict) -> None:
@@ -186,5 +196,6 @@ def _draw(path: Path, table: dict) -> None:
     rows = {", ".join(key): {b: mean for b, (mean, _) in row.items()} for key, row in reversed(table.items())}
     fig, ax = plt.subplots(figsize=(6.5, 1.2 + 0.22 * len(rows)))
     plots.standings(ax, rows)
-    fig.savefig(path, dpi=200)
+    with appearing_whole(path, new=True) as file:
+        fig.savefig(file, format=path.suffix[1:], dpi=200)
     plt.close(fig)

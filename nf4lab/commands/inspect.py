@@ -7,7 +7,7 @@ import math
 from nf4lab.checkpoints.files import opened, stored_tensors
 from nf4lab.checkpoints.keys import STATES, describe
 from nf4lab.checkpoints.tensorfile import TensorFile
-from nf4lab.commands.shown import shown
+from nf4lab.commands.shown import console_for_tables, shown
 
 COLUMNS = ("tensor", "stored as", "shape", "bits", "bytes")
 
@@ -38,7 +38,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(rows: list, elements: int, nbytes: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*COLUMNS, header_style="bold", box=None, pad_edge=False)
@@ -51,10 +50,7 @@ def _print(rows: list, elements: int, nbytes: int) -> None:
         table.add_row(shown(name), kind, " x ".join(map(str, shape)), _written(_bits(n, shape)), f"{n:,}")
     table.add_section()
     table.add_row(f"{len(rows)} tensors", "", f"{elements:,}", _written(_bits(nbytes, [elements])), f"{nbytes:,}")
-    # A terminal's width is kept; a pipe gets lines as long as they are.
-    console = Console(markup=False, highlight=False)
-    console = console if console.is_terminal else Console(markup=False, highlight=False, width=10_000)
-    console.print(table)
+    console_for_tables(markup=False).print(table)
 
 
 def rows_of(files: list[TensorFile]):

@@ -59,9 +59,10 @@ def run(options: argparse.Namespace) -> int:
         include=options.include or "*", exclude=options.exclude, max_shard_size=options.max_shard_size,
         device=options.device, scheduler=options.scheduler, progress=not options.quiet,
     )  # fmt: skip
+    options.done.append(options.target)
     before, after = counts["bytes_before"], counts["bytes_after"]
     print(
-        f"{options.target}: {counts['quantized']} of {counts['tensors']} tensors quantized; "
+        f"{shown(options.target)}: {counts['quantized']} of {counts['tensors']} tensors quantized; "
         f"{before:,} bytes became {after:,} ({after / max(before, 1):.1%})"
     )
     if not options.quiet:
@@ -82,9 +83,10 @@ def _quantize_language_model(options: argparse.Namespace) -> int:
         rotate=options.rotate, text=text, include=options.include or "*", exclude=options.exclude,
         device=options.device, progress=not options.quiet,
     )  # fmt: skip
+    options.done.append(options.target)
     how = [f"rotated with seed {options.rotate}"] if options.rotate is not None else []
     how += [f"calibrated on {options.calibrate}"] if text is not None else []
-    print(f"{options.target}: {len(rows)} layers quantized, {' and '.join(how)}; {rows.kept_share:.1%} stays")
+    print(shown(f"{options.target}: {len(rows)} layers quantized, {' and '.join(how)}; {rows.kept_share:.1%} stays"))
     return 0
 
 
@@ -105,7 +107,7 @@ def _leftovers(options: argparse.Namespace) -> None:
         if options.clean:
             remove(path)
         what = "removed" if options.clean else "left by a run that was killed; --clean removes it"
-        print(f"nf4lab: {path} ({nbytes:,} bytes): {what}", file=sys.stderr)
+        print(shown(f"nf4lab: {path} ({nbytes:,} bytes): {what}"), file=sys.stderr)
 
 
 def _print_the_rest(counts: dict) -> None:

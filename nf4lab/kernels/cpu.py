@@ -24,6 +24,7 @@ also takes for granted that its arrays do not overlap.
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numba
 import numpy as np
@@ -45,9 +46,22 @@ def jit(function):
     """numba.njit, cached on disk where a cache can be written, without Python's lock and with IEEE division."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place for the cache: compile in every process instead
         return numba.njit(**options)(function)
+    if cache := getattr(compiled, "_cache", None):  # there is none where NUMBA_DISABLE_JIT is set
+        cache.save_overload = where_there_is_room(cache.save_overload)
+    return compiled
+
+
+def where_there_is_room(save):
+    """`save`, of numba's cache, that gives up where the disk is full, or has become read-only: the kernel is there."""
+
+    def saved(*arguments):
+        with suppress(OSError):
+            save(*arguments)
+
+    return saved
 
 
 # ---- quantize, v1
