@@ -345,6 +345,12 @@ def test_a_layer_on_the_meta_device_loads_by_assignment_only():
         quantized(bias=False).to("meta").load_state_dict(quantized(bias=False).state_dict())
 
 
+def test_a_whole_weight_of_another_kind_is_no_part_of_this_one_even_where_nothing_is_required():
+    layer = quantized("nf4", 64, True)
+    with pytest.raises(RuntimeError, match=r"bits_per_weight=4\.5.*does not fit in a layer with.*bits_per_weight=4\.1"):
+        layer.load_state_dict(quantized("nf4", 64).state_dict(), strict=False)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("format", ["nf4", "uniform"])
 def test_a_weight_whose_parts_lie_in_two_files_is_loaded_when_the_second_has_come(format, order):

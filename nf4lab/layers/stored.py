@@ -114,7 +114,8 @@ class Stored4bit(nn.Module):
         """
         keys = self._keys(name)
         packed = parts.get(name, self.packed)
-        if not parts.keys() <= set(keys) or packed.nbytes != self.packed.nbytes:
+        is_other = not parts.keys() <= set(keys) or packed.nbytes != self.packed.nbytes
+        if is_other or (parts.keys() < set(keys) and _is_whole(name, parts)):
             self._came_before = {}
             return parts, [] if name in parts else [name]
         came = self._came_before | {key.removeprefix(name): part for key, part in parts.items()}
@@ -162,6 +163,14 @@ class _AnyName:
         if name.startswith("_"):
             raise AttributeError(name)
         return self
+
+
+def _is_whole(name: str, parts: dict[str, Tensor]) -> bool:
+    """Whether these parts make a quantized tensor by themselves."""
+    try:
+        return isinstance(from_parts(name, parts), QuantizedTensor)
+    except (ValueError, KeyError):
+        return False
 
 
 def _own(tensor: Tensor) -> Tensor:
