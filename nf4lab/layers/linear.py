@@ -62,9 +62,8 @@ class Linear4bit(Stored4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) to (…, out_features). Raises ValueError where the last dimension is another."""
-        shape = x.shape
-        if not shape or shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last dimension; got {tuple(shape)}")
+        if not x.dim() or x.size(-1) != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features in its last dimension; got {tuple(x.shape)}")
         outside = autocast_dtype(x) or x.dtype
         dtype, parameters = self.compute_dtype or outside, self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - the attribute is slow

@@ -76,6 +76,7 @@ def is_plain(x: Tensor, packed: Tensor, other: Tensor | None) -> bool:
         or type(packed) not in PLAIN
         or (other is not None and type(other) not in PLAIN)
         or not (x.is_cuda or x.is_cpu)
+        or x.is_nested
         or dispatch_modes()
         or transform() is not None
         or tracing() is not None
