@@ -128,6 +128,20 @@ OTHERS = {
     "Mamba": ("MambaForCausalLM", "MambaConfig", MAMBA),
     "Llama 4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
     "RWKV": ("RwkvForCausalLM", "RwkvConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2)),
+    "FocalNet": (
+        "FocalNetForImageClassification",
+        "FocalNetConfig",
+        dict(
+            image_size=16,
+            patch_size=2,
+            embed_dim=64,
+            hidden_sizes=[64, 128],
+            depths=[1, 1],
+            focal_levels=[2, 2],
+            focal_windows=[3, 3],
+            num_labels=32,
+        ),
+    ),
     "Falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
     "Laguna": ("LagunaForCausalLM", "LagunaConfig", LAGUNA),
 }

@@ -422,6 +422,18 @@ def test_all_three_ways_of_more_architectures_give_bitsandbytes_own_answers(bits
     assert torch.equal(outputs(ours), expected) and torch.equal(outputs(theirs), expected)
 
 
+def test_what_convolutions_add_to_a_difference_is_where_their_weights_lie_in_memory(bitsandbytes, tmp_path):
+    theirs = in_4_bits("FocalNet", tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    ours = plainly(type(theirs).from_pretrained(tmp_path / "out"))
+    answers = []
+    for model in (ours, theirs):
+        for p in model.parameters():
+            p.data = p.data if hasattr(p, "quant_state") else p.data.clone()
+        answers.append(outputs(model))
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_what_a_file_has_in_one_matrix_is_4_bit_layers_in_every_way(bitsandbytes, tmp_path, name):
     theirs = in_4_bits(name, tmp_path / "in")
