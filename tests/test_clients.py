@@ -160,6 +160,15 @@ def test_rwkv_which_divides_its_weights_in_place_is_refused_in_words_and_its_fol
         outputs(model)
 
 
+def test_what_a_model_computes_and_no_file_has_is_its_own_when_nf4lab_opens_a_folder(tmp_path):
+    model, again = make("Marian"), make("Marian", seed=1)
+    model.save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    nf4lab.quantize_model_(model)
+    nf4lab.load_model_(again, tmp_path / "out")
+    assert torch.equal(outputs(again), outputs(model))
+
+
 @pytest.mark.parametrize("format", nf4lab.FORMATS)
 def test_a_model_in_any_format_is_saved_and_opened_by_nf4lab(tmp_path, format):
     model = make("tied Llama")

@@ -1,6 +1,7 @@
 """A model filled from a checkpoint by nf4lab or bitsandbytes: where a weight is stored in 4 bits, a 4-bit layer."""
 
 import os
+import re
 from dataclasses import replace
 
 import torch
@@ -111,11 +112,12 @@ def _check(model: nn.Module, plain: dict[str, Tensor], in_4_bits: set[str]) -> N
             raise ValueError(f"tensor {name!r} has shape {shapes}")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     may_lack = [*tied, *(getattr(model, "_tied_weights_keys", None) or [])]
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or []  # Marian's positions, say
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in state:
             raise ValueError(
                 f"the model's buffer {name!r} is on the meta device, and no file has it: make the model off it"
             )
     for name in state.keys() - plain.keys() - in_4_bits:
-        if not matches(name, may_lack):
+        if not matches(name, may_lack) and not any(re.search(key, name) for key in computed):
             raise ValueError(f"the checkpoint has no tensor {name!r}, which the model needs")
