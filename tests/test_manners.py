@@ -318,6 +318,26 @@ def test_what_a_killed_run_left_is_named_by_the_next_and_removed_on_request(chec
     assert not left.exists() and (tmp_path / ".out.not-ours.partial").exists()
 
 
+def test_a_link_or_a_pipe_is_no_leftover(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    for k, to in enumerate(("theirs", "nowhere")):
+        (tmp_path / f".out.0123abc{k}.partial").symlink_to(to)
+    os.mkfifo(tmp_path / ".out.0123abcd.partial")  # to open it would wait for ever
+    assert partial.leftovers(tmp_path / "out") == {}
+
+
+def test_a_comparison_that_can_not_keep_its_files_is_not_begun(checkpoint, tmp_path, capsys):
+    (tmp_path / "link.png").symlink_to("nowhere")
+    for words, outputs in {
+        "both name": ["--csv", "a.png", "--plot", "a.png"],
+        "exists already": ["--csv", "link.png"],
+    }.items():
+        arguments = [str(tmp_path / word) if word.endswith("png") else word for word in outputs]
+        assert main(["compare", str(checkpoint), "--quiet", *arguments]) == 1
+        said = capsys.readouterr()
+        assert words in said.err and said.err.endswith("; nothing was compared\n") and not said.out
+
+
 def test_what_another_run_is_writing_is_no_leftover(tmp_path):
     with partial.folder_appearing_whole(tmp_path / "out") as folder, partial.appearing_whole(tmp_path / "file") as file:
         file.write(b"x")

@@ -70,7 +70,8 @@ def leftovers(path: str | os.PathLike) -> dict[Path, int]:
         return {}
     found, ours = {}, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
     for entry in sorted(path.parent.iterdir()):
-        if ours.fullmatch(entry.name) and not _is_locked(entry):
+        is_ours = not entry.is_symlink() and (entry.is_file() or entry.is_dir())  # runs write no links and no pipes
+        if ours.fullmatch(entry.name) and is_ours and not _is_locked(entry):
             files = entry.rglob("*") if entry.is_dir() else [entry]
             found[entry] = sum(file.stat().st_size for file in files if file.is_file())
     return found

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +73,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"--most must be at least {league.LEAST_WEIGHTS}; got {options.most}")
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot draws .png, .svg or .pdf; got {options.plot.name!r}")
+    if options.csv and options.csv == options.plot:
+        raise ValueError(f"--csv and --plot both name {options.csv}; nothing was compared")
     for path in filter(None, (options.csv, options.plot)):
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere too
             raise FileExistsError(f"{path} exists already; nothing was compared")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is not a folder to write {path.name} to; nothing was compared")
