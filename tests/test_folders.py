@@ -388,6 +388,21 @@ def test_a_bad_configuration_is_found_before_anything_is_written(folder_of, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("config.json", "model.safetensors"), ("model.safetensors.index.json", "model-00001-of-00001.safetensors")],
+)
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"), ("<!DOCTYPE html>", "a web")],
+)
+def test_a_pointer_or_a_page_in_the_place_of_json_is_called_by_name(tmp_path, name, weights, text, what):
+    safetensors.torch.save_file({"w": torch.randn(64, 64)}, tmp_path / weights)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} is not JSON but {what}"):
+        nf4lab.quantize_checkpoint(tmp_path, tmp_path.parent / "out")
+
+
 # --- scale
 
 

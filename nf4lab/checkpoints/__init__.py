@@ -1,5 +1,6 @@
 """Checkpoints: what a file stores of a quantized tensor, and whole checkpoints made of others.
 
+beginnings     what a file is that was taken for another
 checked_json   JSON from a file that nobody vouches for
 tensorfile     safetensors files, one tensor at a time
 keys           a quantized tensor's keys in a file: bitsandbytes' where it has any

@@ -1,5 +1,20 @@
 """JSON from a file that nobody vouches for."""
 
+import json
+from pathlib import Path
+
+from nf4lab.checkpoints.beginnings import kind_of
+
+
+def read_json(path: Path, name: object, **how) -> object:
+    """What a file says in JSON. how: for json.loads. Raises ValueError, with `name`, where it is not JSON."""
+    raw = path.read_bytes()
+    try:
+        return json.loads(raw.decode("utf-8"), **how)
+    except (ValueError, RecursionError) as error:
+        what = kind_of(raw[:64])
+        raise ValueError(f"{name} is not JSON{f' but {what}' if what not in ('', 'JSON') else f': {error}'}") from None
+
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     """The dict of a JSON object's pairs. Raises ValueError where a name occurs twice: readers disagree on those."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nf4lab.blockwise import QuantizedTensor
-from nf4lab.checkpoints.checked_json import without_duplicates
+from nf4lab.checkpoints.checked_json import read_json, without_duplicates
 from nf4lab.checkpoints.keys import BITSANDBYTES_PARTS, NF4LAB_PARTS, STATES, from_parts, parts_of
 from nf4lab.checkpoints.partial import appearing_whole
 from nf4lab.checkpoints.tensorfile import TensorFile, entry_room, header_room, writing
@@ -111,10 +111,7 @@ def _check_index(weight_map: dict[str, str], files: list[TensorFile], index: str
 
 def read_index(path: Path) -> dict[str, str]:
     """The map from tensors to shards of an index file. Raises ValueError where it has none or leaves its folder."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    index = read_json(path, path.name, object_pairs_hook=without_duplicates)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path.name} must map tensors to shards under 'weight_map'; got {weight_map!r:.80}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nf4lab.checkpoints.checked_json import read_json
 from nf4lab.checkpoints.keys import BITSANDBYTES_STATES, NF4LAB_STATE
 from nf4lab.checkpoints.tensorfile import Entry
 from nf4lab.choice import matches
@@ -43,10 +44,7 @@ def read_config(folder: Path) -> dict | None:
     path = folder / "config.json"
     if not os.path.lexists(path):  # a link that leads nowhere is no absence, and fails below
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    values = read_json(path, path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a JSON object; got {values!r:.80}")
     return values

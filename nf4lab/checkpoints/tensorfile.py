@@ -17,35 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nf4lab.checkpoints.beginnings import kind_of
 from nf4lab.checkpoints.checked_json import is_shape, without_duplicates
 from nf4lab.checkpoints.partial import appearing_whole
 
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 FRAME = ':{"dtype":"F8_E4M3","shape":,"data_offsets":[,]},'  # what stands around a header's names and numbers
-# How files begin that are mistaken for safetensors, and what they are.
-BEGINNINGS = {
-    b"PK\x03\x04": "a zip archive: PyTorch's pickle (.bin, .pt) or NumPy's .npz",
-    b"\x80\x02": "a pickle, which can run code when it is opened",
-    b"\x80\x03": "a pickle, which can run code when it is opened",
-    b"\x80\x04": "a pickle, which can run code when it is opened",
-    b"\x80\x05": "a pickle, which can run code when it is opened",
-    b"GGUF": "a GGUF file, llama.cpp's",
-    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` fetches the file that it stands for",
-    b"<!doctype html": "a web page: the download gave an error or a login, not the file",
-    b"<html": "a web page: the download gave an error or a login, not the file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a gzip archive",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"BZh": "a bzip2 archive",
-    b"PK\x05\x06": "an empty zip archive",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"{": "JSON",
-}
 NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -136,10 +114,8 @@ def _check_beginning(file, name: str) -> None:
     """Raise with what an open file is, where its first bytes tell."""
     file.seek(0)
     beginning = file.read(64)
-    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # some editors write that mark before a text
-    for known, what in BEGINNINGS.items():
-        if text.startswith(known.lower()):
-            raise ValueError(f"{name} is not a safetensors file but {what}")
+    if what := kind_of(beginning):
+        raise ValueError(f"{name} is not a safetensors file but {what}")
     if beginning[:8].isascii() and beginning[8:9] not in (b"{", b""):
         raise ValueError(f"{name} is not a safetensors file: it begins with {beginning[:16]!r}")
 
