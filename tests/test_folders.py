@@ -394,7 +394,7 @@ def test_a_bad_configuration_is_found_before_anything_is_written(folder_of, tmp_
 )
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"), ("<!DOCTYPE html>", "a web")],
+    [("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"), ("<html>", "a web page")],
 )
 def test_a_pointer_or_a_page_in_the_place_of_json_is_called_by_name(tmp_path, name, weights, text, what):
     safetensors.torch.save_file({"w": torch.randn(64, 64)}, tmp_path / weights)
