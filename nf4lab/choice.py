@@ -316,13 +316,14 @@ EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 
 
 def choose(
-    found: list[Candidate], include: Choice, exclude: Choice, what: str = "layers", done: str = "quantized"
-) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    found: list[Candidate], include: Choice, exclude: Choice,
+    what: str = "layers", done: str = "quantized", beside: str = "",
+) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:  # fmt: skip
     """(the candidates to quantize, the others each with why it stays).
 
     include, exclude: patterns of names, or functions of (name, layer), which are asked about linear layers only.
     Patterns of `include` name a candidate that would stay where their last part does and is not a bare *; a function
-    can't name what stays.
+    can't name what stays. beside: what is no candidate, said where nothing is chosen.
 
     Raises ValueError where a pattern matches no candidate, or none that can be quantized, and where nothing is chosen.
     """
@@ -338,9 +339,10 @@ def choose(
         else:
             chosen.append(candidate)
     if not chosen:
-        kept = [f"; {c.names[0]} stays: {why}" for c, why in others if c.stays][:1]
+        kept = {why: candidate.names[0] for candidate, why in reversed(others) if candidate.stays}
+        some = [f"; {name} stays: {why}" for why, name in reversed(kept.items())][:3]
         numbers = f"of {len(found)}, {len(wanted)} included, {len(unwanted)} excluded"
-        raise ValueError(f"no {what.removesuffix('s')} is chosen: {numbers}{''.join(kept)}")
+        raise ValueError(f"no {what.removesuffix('s')} is chosen: {numbers}{''.join(some)}{beside}")
     return chosen, others
 
 

@@ -332,6 +332,25 @@ def test_a_missing_shard_is_refused_by_name(sharded):
         nf4lab.load_quantized(sharded[0])
 
 
+def test_a_model_in_4_bits_already_takes_no_4_bit_file(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4))
+    nf4lab.quantize_model_(model)
+    nf4lab.save_quantized(tmp_path / "a.safetensors", {"0.weight": model[0].quantized})
+    with pytest.raises(ValueError, match=r"^layer '0' is in 4 bits already: load into the model as its "):
+        nf4lab.load_model_(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("act", [nf4lab.load_quantized, lambda name: nf4lab.quantize_checkpoint(name, "out")])
+def test_a_name_of_the_hub_is_told_how_it_becomes_a_folder(tmp_path, monkeypatch, act):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hf download owner/model-1\.7B --local-dir model-1\.7B$"):
+        act("owner/model-1.7B")
+    (tmp_path / "owner").mkdir()  # then it is a folder's name, mistyped
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        act("owner/model-1.7B")
+    assert [path.name for path in tmp_path.iterdir()] == ["owner"]
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape("holds neither model.safetensors.index.json nor")):
         nf4lab.load_quantized(tmp_path)

@@ -165,7 +165,11 @@ def test_a_model_in_evaluation_gets_adapters_in_evaluation_and_merged_layers_too
         (lambda: nf4lab.LoRALinear(nn.Embedding(4, 4)), TypeError, "got Embedding"),
         (lambda: nf4lab.LoRALinear(nn.Linear(4, 4), rank=0), ValueError, "rank must be at least 1 .*; got 0"),
         (lambda: nf4lab.LoRALinear(nn.Linear(4, 4), dropout=1.0), ValueError, r"dropout in \[0, 1\); got 8 and 1.0"),
-        (lambda: nf4lab.merge_lora_(nn.Sequential(nn.Linear(4, 4))), ValueError, "no layer is chosen"),
+        (
+            lambda: nf4lab.merge_lora_(nn.Sequential(nn.Linear(4, 4))),
+            ValueError,
+            "no layer of the model has adapters of nf4lab$",
+        ),
     ],
 )
 def test_mistakes_are_refused_by_name(make, error, match):

@@ -137,6 +137,11 @@ def test_layers_are_chosen_by_pattern_or_by_function(include, exclude, expected)
         (nn.Linear(16, 16), {}, "model is itself a Linear, which cannot be replaced in place"),
         (nn.Sequential(nn.ReLU()), {}, "no layer is chosen: of 0, 0 included, 0 excluded"),
         (nn.Sequential(nn.Linear(16, 16)), {"exclude": "0"}, "no layer is chosen: of 1, 1 included, 1 excluded"),
+        (
+            nn.ModuleDict({"lm_head": nn.Linear(16, 16), "embed": nn.Embedding(4, 16), "more": nn.Embedding(4, 16)}),
+            {},
+            "of 3, 3 included, 0 excluded; lm_head stays: output head; embed stays: embedding$",
+        ),
         (nn.Sequential(nn.Linear(16, 16)), {"include": "O"}, r"'O' matches none of the 1 layers \(0, …\)"),
         (nn.Sequential(nn.Linear(16, 16)), {"exclude": ["0", "lm_head"]}, "'lm_head' matches none"),
         (nn.Sequential(nn.Linear(16, 16)), {"format": "nf5"}, "unknown format 'nf5'"),
@@ -147,6 +152,29 @@ def test_a_choice_that_cannot_be_meant_is_refused_and_nothing_is_changed(model, 
     with pytest.raises(ValueError, match=match):
         nf4lab.quantize_model_(model, **how)
     assert [type(layer) for layer in model.modules()] == before
+
+
+def test_what_is_in_4_bits_already_is_said_where_nothing_is_left_to_do():
+    model = nn.ModuleDict({"up": nn.Linear(16, 16), "down": nn.Linear(16, 16), "lm_head": nn.Linear(16, 16)})
+    nf4lab.quantize_model_(model)
+    stays, already = "lm_head stays: output head", "in nf4lab's 4 bits already: 2"
+    with pytest.raises(ValueError, match=f"^no layer is chosen: of 1, 1 included, 0 excluded; {stays}; {already}$"):
+        nf4lab.quantize_model_(model)
+    with pytest.raises(ValueError, match=f"^no layer of the model is a Linear4bit of bitsandbytes; {already}$"):
+        nf4lab.adopt_(model)
+    with pytest.raises(ValueError, match=f"^no layer of the model has adapters of nf4lab; {already}$"):
+        nf4lab.merge_lora_(model)
+
+
+def test_bitsandbytes_layers_are_called_by_their_owner(bitsandbytes):
+    from bitsandbytes.nn import Linear4bit
+
+    model = nn.Sequential(Linear4bit(64, 64).to("cpu"))
+    already = "in bitsandbytes' 4 bits already: 1"
+    with pytest.raises(ValueError, match=f"^no layer is chosen: of 0, 0 included, 0 excluded; {already}$"):
+        nf4lab.quantize_model_(model)
+    with pytest.raises(ValueError, match=f"^no layer of the model is a Linear4bit of nf4lab; {already}$"):
+        nf4lab.release_(model)
 
 
 def test_a_layer_of_zeros_has_no_error():

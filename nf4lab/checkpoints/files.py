@@ -86,6 +86,7 @@ def checkpoint_path(path: str | os.PathLike) -> Path:
     """The file or the index that a path names: itself, or what its folder holds; of both the file, as transformers."""
     path = Path(path)
     if not path.is_dir():
+        _check_not_of_the_hub(path)
         return path
     for name in ("model.safetensors", INDEX):
         if os.path.lexists(path / name):  # a link that leads nowhere is no absence, and fails when it is opened
@@ -93,6 +94,13 @@ def checkpoint_path(path: str | os.PathLike) -> Path:
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     there = f"; there are {', '.join(others[:3])}" if others else ""
     raise FileNotFoundError(f"{path} holds neither {INDEX} nor model.safetensors{there}")
+
+
+def _check_not_of_the_hub(path: Path) -> None:
+    """Raise FileNotFoundError, with the way to the files, for owner/model, where there is no folder of the owner's."""
+    if len(path.parts) == 2 and path.suffix != ".safetensors" and not os.path.lexists(path.parent):
+        way = f"hf download {path} --local-dir {path.name}"
+        raise FileNotFoundError(f"no file or folder here is called {path}; if it is a model of the Hub: {way}")
 
 
 def _check_index(weight_map: dict[str, str], files: list[TensorFile], index: str) -> None:

@@ -30,7 +30,7 @@ def adopt_(model: nn.Module) -> list[str]:
     Raises ValueError, naming the layer, where one has no quantized weight yet or none in memory, is the base of PEFT's
     adapters (adopt first, then add them), or has hooks on its passes, which would be lost, and where there is none.
     """
-    names = choose_layers(model, is_bitsandbytes, "*", ())
+    names = choose_layers(model, is_bitsandbytes, "*", (), of_kind="is a Linear4bit of bitsandbytes")
     _warn_of_rounding(model, names)
     made = [(places, _adopted(model, places)) for places in names]
     for places, layer in made:
@@ -51,7 +51,8 @@ def release_(model: nn.Module) -> list[str]:
     memory or it has hooks on its passes, which would be lost, and where there is none; ModuleNotFoundError without
     bitsandbytes. All or nothing.
     """
-    names = choose_layers(model, lambda layer: isinstance(layer, Linear4bit), "*", ())
+    ours = "is a Linear4bit of nf4lab"
+    names = choose_layers(model, lambda layer: isinstance(layer, Linear4bit), "*", (), of_kind=ours)
     made = [(places, _released(places[0], model.get_submodule(places[0]))) for places in names]
     for places, layer in made:
         move_hook(model.get_submodule(places[0]), layer)

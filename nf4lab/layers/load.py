@@ -14,7 +14,7 @@ from nf4lab.choice import is_conv1d, is_plain_linear, matches, transformers_mode
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
-from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.stored import Stored4bit, whose_4_bits
 from nf4lab.layers.swap import check_hooks, replace_layer
 
 
@@ -85,6 +85,8 @@ def _layer_for(model: nn.Module, name: str, q: QuantizedTensor) -> Stored4bit:
         kind, shape, more = Embedding4bit, module.weight.shape, (module.padding_idx,)
     elif isinstance(module._parameters.get(last), Tensor) and len(q.shape) == 3:
         kind, shape, more = Experts4bit, module._parameters[last].shape, ()
+    elif whose_4_bits(module):
+        raise ValueError(f"layer {parent!r} is in 4 bits already: load into the model as its configuration makes it")
     else:
         raise ValueError(f"tensor {name!r} is stored in 4 bits; {type(module).__name__} {parent!r} takes none")
     if shape != q.shape:

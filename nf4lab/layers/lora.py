@@ -207,7 +207,8 @@ def merge_lora_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Raises ValueError where there is none, and, naming the layer, where its weight is not in memory, or where it or its
     base has hooks on its passes, which would be lost. The model is then as it was.
     """
-    chosen = choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", ())
+    ours = "has adapters of nf4lab"
+    chosen = choose_layers(model, lambda layer: isinstance(layer, LoRALinear), "*", (), of_kind=ours)
     for names in chosen:
         layer = model.get_submodule(names[0])
         check_hooks(layer, names[0])

@@ -156,6 +156,13 @@ class Stored4bit(nn.Module):
         return _AnyName()
 
 
+def whose_4_bits(layer: nn.Module) -> str:
+    """Whose 4 bits a layer is in, "nf4lab's" or "bitsandbytes'", told without importing that; empty for any other."""
+    if isinstance(layer, Stored4bit):
+        return "nf4lab's"
+    return "bitsandbytes'" if hasattr(layer._parameters.get("weight"), "quant_state") else ""
+
+
 class _AnyName:
     """Something that has an attribute of any name that is no one's own: itself."""
 

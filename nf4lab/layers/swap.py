@@ -1,6 +1,7 @@
 """A whole model in 4 bits: its layers quantized one at a time, then put in place all at once."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from nf4lab.formats.double_quant import DoubleQuant
 from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
-from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.stored import Stored4bit, whose_4_bits
 from nf4lab.metrics import mse
 from nf4lab.progress import progress_bar
 
@@ -117,7 +118,7 @@ def quantize_model_(
     everything = candidates(model)
     hessians = {} if hessians is None else hessians
     _check_names(hessians, everything)
-    chosen, others = choose(everything, include, exclude)
+    chosen, others = choose(everything, include, exclude, beside=_in_4_bits_already(model))
     for candidate in chosen:
         _check_replaceable(candidate)
     made = []
@@ -134,11 +135,12 @@ def quantize_model_(
 
 def choose_layers(
     model: nn.Module, kind: Callable[[nn.Module], bool], include: Choice, exclude: Choice,
-    stays: Callable[[nn.Module], str] = lambda layer: "", done: str = "changed",
+    stays: Callable[[nn.Module], str] = lambda layer: "", done: str = "changed", of_kind: str = "",
 ) -> list[list[str]]:  # fmt: skip
     """The dotted names of the chosen layers of a kind: one list a layer, more than one name where it is shared.
 
     stays: why a layer is left alone whatever is chosen; empty where it isn't. done: what is done to the chosen.
+    of_kind: what the layers are, said where the model has none.
     """
     if kind(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
@@ -147,11 +149,19 @@ def choose_layers(
     for name, layer in layers.items():
         if kind(layer):
             shared.setdefault(id(layer), []).append(name)
+    if of_kind and not shared:
+        raise ValueError(f"no layer of the model {of_kind}{_in_4_bits_already(model)}")
     found = []
     for names in shared.values():
         why = stays(layers[names[0]])
         found.append(Candidate(tuple(names), "linear", 0, why, always=bool(why), module=layers[names[0]]))
     return [list(candidate.names) for candidate in choose(found, include, exclude, done=done)[0]]
+
+
+def _in_4_bits_already(model: nn.Module) -> str:
+    """How many layers of a model are in 4 bits and whose they are, as the end of a refusal; empty without any."""
+    kinds = Counter(whose_4_bits(layer) for layer in model.modules())
+    return "".join(f"; in {whose} 4 bits already: {count}" for whose, count in kinds.items() if whose)
 
 
 def replace_layer(model: nn.Module, names: list[str], layer: nn.Module) -> None:
