@@ -35,10 +35,8 @@ def beside_a_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize("title", WITH_CODE)
 def test_each_example_runs(bitsandbytes, beside_a_model, monkeypatch, title):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    names = {"nf4lab": nf4lab, "torch": torch}
-    for code in re.findall(r"```python\n(.*?)```", SECTIONS["transformers"].split("```python")[0], re.DOTALL):
-        exec(code, names)
-    exec("from transformers import AutoModelForCausalLM", names)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE.split("\n## ")[0], re.DOTALL)[1], names)
     for code in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.DOTALL):
         assert sum(bool(line.strip()) for line in code.splitlines()) <= 8
         assert max(map(len, code.splitlines())) <= 72
@@ -48,6 +46,20 @@ def test_each_example_runs(bitsandbytes, beside_a_model, monkeypatch, title):
         ids = torch.arange(1, 8)[None]
         assert torch.equal(model.eval()(ids).logits, same.eval()(ids).logits)
         assert sum(isinstance(layer, nf4lab.Linear4bit) for layer in model.modules()) == 14
+    if title == "PEFT":
+        saved, loaded = (names["peft"].get_peft_model_state_dict(names[model]) for model in ("model", "again"))
+        assert len(saved) == 8 and all(torch.equal(loaded[key], value) for key, value in saved.items())
+    if title == "safetensors":
+        assert torch.equal(names["plain"][0].weight, names["layers"][0].weight)
+
+
+def test_what_does_not_work_stands_in_tables_that_one_look_takes_in():
+    parts = re.split(r"^### ", SECTIONS["What does not work, and why"], flags=re.MULTILINE)[1:]
+    tables = [re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", part, re.MULTILINE) for part in parts]
+    assert all(rows[:2] == [("what", "why", "instead"), ("---", "---", "---")] for rows in tables)
+    assert all(3 <= len(rows) - 2 <= 8 for rows in tables)
+    cases = [row[0] for rows in tables for row in rows[2:]]
+    assert len(cases) == len(set(cases)) == sum(part.count("\n| ") - 2 for part in parts)
 
 
 def test_the_page_names_every_library_and_every_architecture():
