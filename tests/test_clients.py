@@ -734,6 +734,20 @@ def test_a_variant_of_lora_that_needs_the_whole_weight_is_refused():
     config = peft_lora.register(peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="PEFT's LoRA is the plain one, without use_dora"):
         peft.get_peft_model(model, config)
+    with pytest.raises(TypeError, match=r"^register takes a LoraConfig; got IA3Config$"):
+        peft_lora.register(peft.IA3Config())
+
+
+def test_adapters_on_what_is_still_bitsandbytes_are_refused_and_not_put_on_the_head_alone(bitsandbytes):
+    model = make("Llama")
+    nf4lab.quantize_model_(model)
+    nf4lab.release_(model)
+    with pytest.raises(
+        ValueError, match=r"^layer 'model\.layers\.0\.self_attn\.q_proj' is in bitsandbytes' 4 bits: call"
+    ):
+        nf4lab.add_lora_(model)
+    assert not any(isinstance(layer, nf4lab.LoRALinear) for layer in model.modules())
+    assert len(nf4lab.add_lora_(model, include="*lm_head")) == 2  # this says that the head is meant
 
 
 # --- Trainer

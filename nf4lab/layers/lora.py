@@ -18,7 +18,7 @@ from nf4lab.formats.double_quant import QuantizedConstants
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.ops import autocast_dtype
 from nf4lab.layers.starts import STARTS, check_start
-from nf4lab.layers.stored import Stored4bit
+from nf4lab.layers.stored import Stored4bit, whose_4_bits
 from nf4lab.layers.swap import (
     Choice,
     check_hooks,
@@ -137,8 +137,9 @@ def add_lora_(
 
     Hooks on a layer's passes stay on the base. Raises as `nf4lab.quantize_model_` and `LoRALinear`; TypeError for
     originals that are no mapping, ValueError where the model has adapters already or a layer is offloaded by
-    accelerate or cut by fully_shard, for an unknown init, and, under "loftq" and "pissa", where a layer is not in 4
-    bits, is smaller than rank, or has no finite original of its shape. The model is then as it was.
+    accelerate, cut by fully_shard or still bitsandbytes' (`adopt_` comes first), for an unknown init, and, under
+    "loftq" and "pissa", where a layer is not in 4 bits, is smaller than rank, or has no finite original of its shape.
+    The model is then as it was.
     """
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
@@ -149,9 +150,11 @@ def add_lora_(
     if originals is not None and not isinstance(originals, Mapping):
         raise TypeError(f"originals must map names to weights, as a state_dict does; got {type(originals).__name__}")
     _check_sizes(rank, alpha, dropout)
-    chosen = choose_layers(model, _can_adapt, include, exclude, _tied(model), "adapted")
+    chosen = choose_layers(model, _could_adapt, include, exclude, _tied(model), "adapted")
     for names in chosen:
         layer = model.get_submodule(names[0])
+        if not _can_adapt(layer):
+            raise ValueError(f"layer {names[0]!r} is in {whose_4_bits(layer)} 4 bits: call nf4lab.adopt_(model) first")
         check_not_offloaded(layer, names[0], (layer.out_features, layer.in_features))
         if hasattr(_data(layer), "to_local"):
             raise ValueError(f"layer {names[0]!r} lies on several processes: add adapters before fully_shard")
@@ -255,3 +258,8 @@ def _data(base: nn.Module) -> Tensor:
 
 def _can_adapt(layer: nn.Module) -> bool:
     return isinstance(layer, Linear4bit) or is_plain_linear(layer)
+
+
+def _could_adapt(layer: nn.Module) -> bool:
+    """Whether a layer can be adapted, or could once `adopt_` has put nf4lab's in its place."""
+    return _can_adapt(layer) or (isinstance(layer, nn.Linear) and bool(whose_4_bits(layer)))

@@ -17,7 +17,12 @@ from nf4lab.layers.linear import Linear4bit
 
 
 def register(config: peft.LoraConfig) -> peft.LoraConfig:
-    """The same configuration, which now puts adapters on Linear4bit too; `target_modules` names the layers."""
+    """The same configuration, which now puts adapters on Linear4bit too; `target_modules` names the layers.
+
+    Raises TypeError for the configuration of any other adapter: PEFT puts these on no layers of one's own.
+    """
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"register takes a LoraConfig; got {type(config).__name__}")
     config._register_custom_module({Linear4bit: Lora4bit})
     return config
 
