@@ -166,6 +166,22 @@ def test_what_is_in_4_bits_already_is_said_where_nothing_is_left_to_do():
         nf4lab.merge_lora_(model)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        nf4lab.quantize_model_,
+        nf4lab.adopt_,
+        nf4lab.release_,
+        nf4lab.add_lora_,
+        nf4lab.merge_lora_,
+        lambda path: nf4lab.load_model_(path, nn.ReLU()),
+    ],
+)
+def test_a_folders_name_is_no_model(change):
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module; got str$"):
+        change("model")
+
+
 def test_bitsandbytes_layers_are_called_by_their_owner(bitsandbytes):
     from bitsandbytes.nn import Linear4bit
 

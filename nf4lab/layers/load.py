@@ -15,7 +15,7 @@ from nf4lab.layers.embedding import Embedding4bit
 from nf4lab.layers.experts import Experts4bit
 from nf4lab.layers.linear import Linear4bit
 from nf4lab.layers.stored import Stored4bit, whose_4_bits
-from nf4lab.layers.swap import check_hooks, replace_layer
+from nf4lab.layers.swap import check_hooks, check_is_model, replace_layer
 
 
 def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
@@ -28,9 +28,10 @@ def load_model_(model: nn.Module, path: str | os.PathLike) -> None:
     tied are tied again.
 
     Raises ValueError, naming the tensor, where the model has no place for it, another shape, a parameter that the
-    file lacks, a buffer on the meta device that no file has, or hooks on a layer that would be lost with it; the model
-    is then as it was.
+    file lacks, a buffer on the meta device that no file has, a layer in 4 bits already, or hooks on a layer that would
+    be lost with it; the model is then as it was.
     """
+    check_is_model(model)
     stored = dict(iterate_quantized(path))
     if next(transformers_models(model), ("no", None))[0] == "":
         stored, parts = by_the_models_names(model, stored)

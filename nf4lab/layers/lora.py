@@ -23,6 +23,7 @@ from nf4lab.layers.swap import (
     Choice,
     check_hooks,
     check_in_memory,
+    check_is_model,
     check_not_offloaded,
     choose_layers,
     is_plain_linear,
@@ -141,6 +142,7 @@ def add_lora_(
     "loftq" and "pissa", where a layer is not in 4 bits, is smaller than rank, or has no finite original of its shape.
     The model is then as it was.
     """
+    check_is_model(model)
     if any(isinstance(layer, LoRALinear) for layer in model.modules()):
         raise ValueError("model has adapters already: merge them first")
     if next(adapters_in(model), None) is not None:

@@ -113,6 +113,7 @@ def quantize_model_(
     only be replaced from outside; otherwise as `nf4lab.quantize`, with the layer's name. The model is then as it was.
     """
     format = as_format(format)
+    check_is_model(model)
     if is_plain_linear(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
     everything = candidates(model)
@@ -142,6 +143,7 @@ def choose_layers(
     stays: why a layer is left alone whatever is chosen; empty where it isn't. done: what is done to the chosen.
     of_kind: what the layers are, said where the model has none.
     """
+    check_is_model(model)
     if kind(model):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place")
     shared: dict[int, list[str]] = {}
@@ -156,6 +158,12 @@ def choose_layers(
         why = stays(layers[names[0]])
         found.append(Candidate(tuple(names), "linear", 0, why, always=bool(why), module=layers[names[0]]))
     return [list(candidate.names) for candidate in choose(found, include, exclude, done=done)[0]]
+
+
+def check_is_model(model: nn.Module) -> None:
+    """Raise TypeError for what is no module, such as the name of a model's folder."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
 
 
 def _in_4_bits_already(model: nn.Module) -> str:
