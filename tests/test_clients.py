@@ -206,6 +206,16 @@ def test_a_model_on_the_meta_device_whose_buffers_no_file_has_is_refused(tmp_pat
         nf4lab.load_model_(again, tmp_path / "out")
 
 
+def test_experts_that_quantizing_again_would_move_are_not_joined_and_the_loaded_model_is_quantized_instead(tmp_path):
+    model, every = make("Mixtral"), ["*", "*experts*"]
+    model.save_pretrained(tmp_path / "in")
+    nf4lab.quantize_checkpoint(tmp_path / "in", tmp_path / "out", "nvfp4", include=every)
+    with pytest.raises(ValueError, match="and nvfp4 does not hold the whole: quantize the original's loaded model"):
+        nf4lab.load_model_(make("Mixtral"), tmp_path / "out")
+    rows = nf4lab.quantize_model_(type(model).from_pretrained(tmp_path / "in"), "nvfp4", include=every)
+    assert any("experts" in row.name for row in rows)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_of_16_bits_computes_in_them_from_memory_from_a_folder_and_adopted(bitsandbytes, tmp_path, dtype):
     dtype = getattr(torch, dtype)

@@ -63,7 +63,8 @@ def _joined(model: nn.Module, place: str, parts: dict[str, QuantizedTensor | Ten
         q = quantize(tensor, first.format, first.block_size)
         if not torch.equal(q.dequantize(), tensor):
             raise ValueError(
-                f"{name!r} is joined from {len(parts)} tensors, and {first.format.name} does not hold the whole"
+                f"{name!r} is joined from {len(parts)} tensors, and {first.format.name} does not hold the whole: "
+                "quantize the original's loaded model"
             )
         made[name] = replace(q, dtype=first.dtype)
     return made
