@@ -49,6 +49,13 @@ def test_each_example_runs(bitsandbytes, beside_a_model, monkeypatch, title):
     if title == "PEFT":
         saved, loaded = (names["peft"].get_peft_model_state_dict(names[model]) for model in ("model", "again"))
         assert len(saved) == 8 and all(torch.equal(loaded[key], value) for key, value in saved.items())
+    if title == "Trainer":
+        model = names["model"].eval()
+        nf4lab.merge_lora_(model)
+        model.save_pretrained("merged")
+        assert not any(isinstance(layer, nf4lab.Linear4bit) for layer in model.modules())
+        again = names["AutoModelForCausalLM"].from_pretrained("merged")
+        assert torch.equal(model(names["ids"]).logits, again(names["ids"]).logits)
     if title == "safetensors":
         assert torch.equal(names["plain"][0].weight, names["layers"][0].weight)
 
