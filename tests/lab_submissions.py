@@ -76,8 +76,12 @@ STUBBORN = """
 def forever():
     while True:
         try:
-            while True:
-                pass
+            try:
+                while True:
+                    pass
+            except BaseException:  # a limit of the processor's time and one of the clock's can come at once
+                while True:
+                    pass
         except BaseException:
             pass
 forever()
